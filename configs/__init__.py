@@ -1,0 +1,1 @@
+"""Configurations (.gin files) and the one module that reads them."""

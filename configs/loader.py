@@ -1,0 +1,76 @@
+"""Reads .gin files: the only module that imports gin.
+
+Our code carries no gin decorators. A file imports the modules it configures (`from deepseek_jax import config`) and
+binds their keyword arguments; `include 'model/tiny.gin'` is looked up in this folder.
+"""
+
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import gin
+
+Result = TypeVar('Result')
+_FOLDER = pathlib.Path(__file__).parent
+_MACRO = re.compile(r'\s*([A-Za-z_]\w*)\s*=')
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: one line with the name or value and the rule."""
+
+
+def parse(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> None:
+    """Makes the bindings of a file, then those of `overrides` (`'NAME = value'`), the current configuration.
+
+    Raises `ConfigError` for a missing file, a name that nothing bears, or a value that does not parse.
+    """
+    gin.clear_config()
+    gin.add_config_file_search_path(_FOLDER)
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f'configuration file {str(path)!r} does not exist')
+    try:
+        gin.parse_config_file(str(path))
+        for override in overrides:
+            _check_macro(override)
+            gin.parse_config(override)
+        gin.finalize()
+    except ConfigError:
+        raise
+    except (ValueError, SyntaxError, ImportError, AttributeError, OSError, RuntimeError) as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def call(function: Callable[..., Result], **arguments: Any) -> Result:
+    """Calls `function` with the configured keyword arguments, and `arguments` on top.
+
+    What the function itself raises passes through. Raises `ConfigError` for an argument that is not configured.
+    """
+    try:
+        return gin.get_configurable(function)(**arguments)
+    except TypeError as error:
+        if 'required keyword-only argument' in str(error):
+            raise ConfigError(_one_line(error)) from None
+        raise
+
+
+def operative_config() -> str:
+    """Every binding that was used so far, defaults included, as text that `parse` reads."""
+    return gin.operative_config_str(max_line_length=100)
+
+
+def _check_macro(override: str) -> None:
+    match = _MACRO.match(override)
+    if match is None:
+        if '=' not in override:
+            raise ConfigError(f"--set {override!r} must have the form 'NAME = value'")
+        return
+    try:
+        gin.query_parameter(f'%{match[1]}')
+    except ValueError:
+        raise ConfigError(f'--set {override!r}: the configuration has no macro named {match[1]!r}') from None
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).split('\n  In call to configurable')[0]
+    return ' '.join(text.split())

@@ -1,0 +1,134 @@
+"""One Transformer block: pre-normalised attention and feed-forward, dense or with experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from deepseek_jax import mla, moe, names, router
+from deepseek_jax.cache import Cache
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.norm import rms_norm
+
+NORM_NAMES = ('attention_norm_D', 'ffn_norm_D')
+
+
+def block(
+    params: Mapping[str, Any],
+    x_BTD: Float[Array, 'B T D'],
+    attend: mla.Attend,
+    cache: Cache | None,
+    config: ModelConfig,
+    absorbed: bool = False,
+) -> tuple[Float[Array, 'B T D'], Cache | None, moe.Balance | None]:
+    """The block's output, its layer of the cache, and the use of its experts (None for a dense block)."""
+    normed_BTD = rms_norm(x_BTD, params['attention_norm_D'], config.norm_eps)
+    attention_BTD, cache = mla.attention(params['attention'], normed_BTD, attend, cache, config, absorbed)
+    x_BTD = x_BTD + attention_BTD
+    normed_BTD = rms_norm(x_BTD, params['ffn_norm_D'], config.norm_eps)
+    if 'moe' not in params:
+        return x_BTD + moe.swiglu(params['ffn'], normed_BTD), cache, None
+    assert config.moe is not None
+    ffn_BTD, balance = moe.moe(params['moe'], normed_BTD, config.moe)
+    return x_BTD + ffn_BTD, cache, balance
+
+
+def dims(config: ModelConfig) -> dict[str, int]:
+    """The size of each dimension letter that names a parameter; F is the dense FFN's."""
+    sizes = {
+        'V': config.vocab_size,
+        'D': config.model_dim,
+        'H': config.mla.num_heads,
+        'N': config.mla.nope_head_dim,
+        'R': config.mla.rope_head_dim,
+        'U': config.mla.value_head_dim,
+        'C': config.mla.kv_rank,
+        'F': config.dense_ffn_dim,
+    }
+    if config.mla.query_rank is not None:
+        sizes['Q'] = config.mla.query_rank
+    if config.moe is not None:
+        sizes['E'] = config.moe.num_experts
+    return sizes
+
+
+def declare(module: nn.Module, config: ModelConfig, names_: tuple[str, ...], **sizes: int) -> dict[str, Array]:
+    """Declares parameters of `module` from their names: shape off the letters, initial value off the noun.
+
+    Norm scales start at one, biases at zero, weights are normal with `init_std`. `sizes` replaces dimensions.
+    """
+    declared = {}
+    for name in names_:
+        if '_norm_' in name:
+            initializer = nn.initializers.ones
+        elif '_bias_' in name:
+            initializer = nn.initializers.zeros
+        else:
+            initializer = nn.initializers.normal(config.init_std)
+        shape = names.shape(name, dims(config) | sizes)
+        declared[name] = module.param(name, initializer, shape, jnp.float32)
+    return declared
+
+
+class Part(nn.Module):
+    """Names the parameters of one part of a block and returns them."""
+
+    config: ModelConfig
+    parameter_names: tuple[str, ...]
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        return declare(self, self.config, self.parameter_names, **dict(self.sizes))
+
+
+class Experts(nn.Module):
+    """Names the parameters of a DeepSeekMoE layer and returns them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> dict[str, dict[str, Array]]:
+        config = self.config.moe
+        assert config is not None
+        params = {
+            'router': Part(self.config, router.PARAMETER_NAMES, name='router')(),
+            'experts': Part(self.config, moe.EXPERT_NAMES, (('F', config.ffn_dim),), name='experts')(),
+        }
+        if config.num_shared_experts:
+            sizes = (('F', config.num_shared_experts * config.ffn_dim),)
+            params['shared'] = Part(self.config, moe.FFN_NAMES, sizes, name='shared')()
+        return params
+
+
+class Block(nn.Module):
+    """Names the parameters of a block and applies it."""
+
+    config: ModelConfig
+    use_moe: bool
+    absorbed: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, attend: mla.Attend, cache: Cache | None
+    ) -> tuple[jax.Array, tuple[Cache | None, moe.Balance | None]]:
+        config = self.config
+        params: dict[str, Any] = declare(self, config, NORM_NAMES)
+        params['attention'] = Part(config, mla.parameter_names(config.mla), name='attention')()
+        if self.use_moe:
+            params['moe'] = Experts(config, name='moe')()
+        else:
+            params['ffn'] = Part(config, moe.FFN_NAMES, name='ffn')()
+        x_BTD, cache, balance = block(params, x_BTD, attend, cache, config, self.absorbed)
+        return x_BTD, (cache, balance)
+
+
+def rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
+    """The module with `config.remat` applied to its backward pass; values are the same."""
+    if config.remat == 'none':
+        return module
+    policies = {'full': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return nn.remat(module, policy=policies[config.remat], prevent_cse=False)

@@ -1,0 +1,88 @@
+"""Checkpoints of a training run: asynchronous, whole or absent, with a policy for which to keep."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from deepseek_jax.checkpoint import CHECKPOINTS, PARAMS, load_parts
+from deepseek_jax.config import check_types, require_positive
+from train.step import State
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which checkpoints stay.
+
+    Attributes:
+      keep: the newest ones.
+      keep_every: also those at multiples of this many steps; None keeps no others.
+    """
+
+    keep: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_positive(self, 'keep', 'keep_every')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+      step: optimizer steps taken.
+      tokens: tokens seen.
+      next_row: rows this process has taken from its data iterator.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    next_row: int = 0
+
+
+class Checkpoints:
+    """Saves and restores the state and progress of one run directory."""
+
+    def __init__(self, run_dir: pathlib.Path, config: CheckpointConfig):
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(config.keep)]
+        if config.keep_every is not None:
+            keep.append(policies.EveryNSteps(config.keep_every))
+        self._checkpointer = ocp.training.Checkpointer(
+            str((run_dir / CHECKPOINTS).absolute()),
+            # The loop decides when to save.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step; None before the first."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: State, progress: Progress) -> None:
+        """Begins to save; the arrays may be donated as soon as this returns. A step saved before is left alone."""
+        if progress.step == self.latest_step:
+            return
+        self._checkpointer.save_checkpointables_async(
+            progress.step,
+            {PARAMS: state.params, 'optimizer': state.optimizer, 'progress': dataclasses.asdict(progress)},
+        )
+
+    def restore(self, shapes: State) -> tuple[State, Progress]:
+        """State and progress of the newest checkpoint. Raises `ValueError` if it is of another shape."""
+        step = self.latest_step
+        assert step is not None
+        loaded = load_parts(self._checkpointer, step, {PARAMS: shapes.params, 'optimizer': shapes.optimizer})
+        progress = self._checkpointer.load_checkpointables(step, {'progress': None})['progress']
+        return State(loaded[PARAMS], loaded['optimizer']), Progress(**jax.tree.map(int, progress))
+
+    def close(self) -> None:
+        """Waits until what was begun is on disk."""
+        self._checkpointer.close()
