@@ -79,6 +79,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	fi; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null; \
 	echo "Installing about $$(grep -c == constraints.txt) packages into $(VENV): some minutes the first time"; \
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'; \
+	( $(BIN)/python -m pip install -c constraints.txt -e '.[dev]' 2>&1 && echo 'exit 0' || echo 'exit 1' ) \
+	  | tee $(VENV)/install.log \
+	  | ( while read -r line; do case "$$line" in \
+	      Collecting*) printf . ;; \
+	      'Installing collected'*) printf ' unpacking' ;; \
+	      exit*) echo; exit "$${line#exit }" ;; \
+	    esac; done ) \
+	  || { tail -n 30 $(VENV)/install.log >&2; exit 1; }; \
 	touch $@; \
 	echo 'Ready.'

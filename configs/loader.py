@@ -4,6 +4,7 @@ Our code carries no gin decorators. A file imports the modules it configures (`f
 binds their keyword arguments; `include 'model/tiny.gin'` is looked up in this folder.
 """
 
+import logging
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ def parse(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> None:
     gin.add_config_file_search_path(_FOLDER)
     if not pathlib.Path(path).is_file():
         raise ConfigError(f'configuration file {str(path)!r} does not exist')
+    # gin logs an error for every folder that it does not find an included file in, before the one that has it.
+    logging.disable(logging.ERROR)
     try:
         gin.parse_config_file(str(path))
         for override in overrides:
@@ -39,6 +42,8 @@ def parse(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> None:
         raise
     except (ValueError, SyntaxError, ImportError, AttributeError, OSError, RuntimeError) as error:
         raise ConfigError(_one_line(error)) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def call(function: Callable[..., Result], **arguments: Any) -> Result:

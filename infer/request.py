@@ -30,11 +30,11 @@ class SamplingParams:
       ignore_eos: generate past the tokenizer's end tokens.
     """
 
-    temperature: float = 1.0
+    temperature: int | float = 1.0
     top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_p: int | float = 1.0
+    min_p: int | float = 0.0
+    repetition_penalty: int | float = 1.0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     seed: int | None = None

@@ -180,7 +180,7 @@ class PackedRows:
         pieces, lengths = [], []
         place = int(np.searchsorted(epoch.starts, start, 'right')) - 1
         while epoch.starts[place] < stop:
-            offset = epoch.starts[place]
+            offset = int(epoch.starts[place])
             views = _window(self._views(epoch, place), start - offset, stop - offset)
             pieces += views
             lengths.append(sum(map(len, views)))

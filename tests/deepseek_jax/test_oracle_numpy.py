@@ -16,7 +16,7 @@ import deepseek_jax as ds
 from tests.oracles import numpy_model
 
 VALUE_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 3e-5
 CLOSEST_CALL = 1e-5
 """Selections with a smaller gap could be turned by float32 rounding; the cases have none."""
 STEP = 1e-6
@@ -32,7 +32,7 @@ GROUPS = ds.ModelConfig(
     dense_ffn_dim=20,
     mla=ds.MLAConfig(num_heads=2, nope_head_dim=6, rope_head_dim=4, value_head_dim=5, kv_rank=8, query_rank=10),
     moe=ds.MoEConfig(
-        num_experts=8, num_shared_experts=1, top_k=3, num_groups=4, top_groups=2, ffn_dim=7, gate_scale=2.5
+        num_experts=12, num_shared_experts=1, top_k=3, num_groups=4, top_groups=2, ffn_dim=7, gate_scale=2.5
     ),
     mtp_depth=2,
     precision=ds.PrecisionConfig(recipe='fp32'),
@@ -57,8 +57,6 @@ SEGMENTS = dataclasses.replace(
     moe=ds.MoEConfig(
         num_experts=6, num_shared_experts=2, top_k=1, num_groups=1, top_groups=1, ffn_dim=5, gate_scale=1.5
     ),
-    remat='dots',
-    scan_unroll=2,
 )
 CASES = {'groups': GROUPS, 'yarn': YARN, 'segments': SEGMENTS}
 
@@ -110,6 +108,7 @@ def jax_loss(params: dict, config: ds.ModelConfig, tokens_BT1: jax.Array, segmen
     padded = jnp.pad(tokens_BT1, ((0, 0), (0, depth)))
     ahead_LBT = jnp.stack([padded[:, k : k + length] for k in range(1, depth + 1)])
     out = ds.states(params, tokens_BT1[:, :-1], config, segments_BT, ahead_LBT)
+    assert out.mtp_LBTD is not None
 
     def cross_entropy(hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
         log_probabilities = jax.nn.log_softmax(ds.logits(params, hidden_BTD, config))
@@ -164,7 +163,9 @@ def test_forward_without_mtp_leaves_modules_out():
 def test_gradient_equals_finite_differences_of_numpy_model(name):
     case = make_case(name)
     params = jax.tree.map(jnp.asarray, case.params)
-    value_and_grad = jax.jit(jax.value_and_grad(jax_loss), static_argnums=1)
+    # Little is computed, much is compiled.
+    quickly_compiled = {'xla_backend_optimization_level': 0}
+    value_and_grad = jax.jit(jax.value_and_grad(jax_loss), static_argnums=1, compiler_options=quickly_compiled)
     value, gradient = value_and_grad(params, case.config, jnp.asarray(case.tokens_BT1), case.segments)
     expected_value, expected = numpy_loss(case.params, case)
     assert abs(float(value) - expected_value) < VALUE_TOLERANCE * expected_value
@@ -187,8 +188,6 @@ def test_gradient_equals_finite_differences_of_numpy_model(name):
             slope = (above - below) / (2 * STEP)
             error = abs(np.sum(leaf * direction) - slope) / (np.linalg.norm(leaf) / np.sqrt(leaf.size))
             errors[label] = max(error, errors.get(label, 0.0))
-    if __import__('os').environ.get('SHOW'):
-        print(name, max(errors.values()), sorted(errors.items(), key=lambda x: -x[1])[:4])
     assert not {label: error for label, error in errors.items() if error > GRADIENT_TOLERANCE}
 
 

@@ -1,7 +1,7 @@
-"""Writes `transformers/<name>/`: tiny random checkpoints in the published layout, with the logits transformers computes.
+"""Writes `transformers/<name>/`: tiny random checkpoints in the published layout, with the logits of transformers.
 
-Run it in an environment of its own, with torch, transformers and safetensors (the files here were made with Python 3.11,
-torch 2.13.0 on the CPU, transformers 5.23.0); the test suite needs none of them:
+Run it in an environment of its own, with torch, transformers and safetensors (the files here were made with Python
+3.11, torch 2.13.0 on the CPU, transformers 5.23.0); the test suite needs none of them:
 
     python tests/oracles/make_transformers_files.py
 
@@ -227,7 +227,7 @@ def random_tensors(name: str, values: dict, generator: torch.Generator) -> dict[
 
 
 def load(directory: pathlib.Path, values: dict) -> DeepseekV3ForCausalLM:
-    """The main model as transformers loads it from a directory. Raises `ValueError` if it misses or ignores a tensor."""
+    """The main model as transformers loads it from a directory. Raises `ValueError` if it misses or drops a tensor."""
     # Where the prediction modules start; transformers knows it only for the published number of layers.
     DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = [rf'model\.layers\.{values["num_hidden_layers"]}\..*']
     model, report = DeepseekV3ForCausalLM.from_pretrained(

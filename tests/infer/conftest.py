@@ -1,0 +1,59 @@
+"""Tiny random models and engines, shared so that each program compiles once."""
+
+import jax
+import pytest
+
+import deepseek_jax as ds
+from deepseek_jax.tokenizer import ByteTokenizer
+from infer.engine import Engine
+
+# More rows than the 264 ids of the byte tokenizer, as published models have.
+VOCAB_SIZE = 272
+MAX_LENGTH, MAX_BATCH = 48, 3
+
+
+@pytest.fixture(scope='session')
+def config() -> ds.ModelConfig:
+    return ds.ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        num_layers=3,
+        num_dense_layers=1,
+        model_dim=32,
+        dense_ffn_dim=64,
+        mla=ds.MLAConfig(num_heads=2, nope_head_dim=8, rope_head_dim=4, value_head_dim=8, kv_rank=16, query_rank=12),
+        moe=ds.MoEConfig(num_experts=8, num_shared_experts=1, top_k=2, num_groups=2, top_groups=1, ffn_dim=16),
+        precision=ds.PrecisionConfig(recipe='fp32'),
+        init_std=0.3,
+    )
+
+
+@pytest.fixture(scope='session')
+def params(config):
+    return ds.init(jax.random.key(0), config)
+
+
+@pytest.fixture(scope='session')
+def tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+@pytest.fixture(scope='session')
+def engine(params, config, tokenizer) -> Engine:
+    return Engine(params, config, tokenizer, MAX_LENGTH, MAX_BATCH)
+
+
+@pytest.fixture(scope='session')
+def small_model():
+    """A dense model of one layer, for tests that need some model and no particular one."""
+    config = ds.ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        num_layers=1,
+        num_dense_layers=1,
+        model_dim=16,
+        dense_ffn_dim=16,
+        mla=ds.MLAConfig(num_heads=1, nope_head_dim=8, rope_head_dim=4, value_head_dim=8, kv_rank=8),
+        moe=None,
+        precision=ds.PrecisionConfig(recipe='fp32'),
+        init_std=0.3,
+    )
+    return config, ds.init(jax.random.key(1), config)

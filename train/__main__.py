@@ -1,0 +1,52 @@
+"""`python -m train --config FILE.gin`: trains, or goes on with a run that was stopped."""
+
+import argparse
+import pathlib
+import sys
+import time
+
+from configs import loader
+from train import run
+
+
+def main() -> int:
+    """Runs the command line and returns the exit code: 2, with one line on standard error, for bad input."""
+    parser = argparse.ArgumentParser(prog='python -m train', description=__doc__)
+    parser.add_argument('--config', required=True, metavar='FILE.gin', help='the configuration to train')
+    parser.add_argument(
+        '--set',
+        action='append',
+        default=[],
+        metavar="'NAME = value'",
+        help='replace a macro or a bound value; may be given again',
+    )
+    parser.add_argument(
+        '--run-dir', metavar='DIR', help='where to write; the default is runs/NAME of the configuration'
+    )
+    parser.add_argument('--print', action='store_true', help='show the configuration and the counts, train nothing')
+    options = parser.parse_args()
+    began = time.monotonic()
+    try:
+        loader.parse(options.config, options.set)
+        result = loader.call(
+            run.train,
+            run_dir=options.run_dir or str(pathlib.Path('runs') / pathlib.Path(options.config).stem),
+            config_text=loader.operative_config,
+            print_only=options.print,
+        )
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f'error: {error}'.partition('\n')[0], file=sys.stderr)
+        return 2
+    if result is None:
+        print(loader.operative_config(), end='')
+    else:
+        print(
+            f'{result.heldout_bits_per_byte:.4f} held-out bits a byte after step {result.step}, '
+            f'{time.monotonic() - began:.0f} s',
+            file=sys.stderr,
+        )
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
