@@ -90,7 +90,7 @@ class YarnConfig:
         if self.scale < 1:
             raise ValueError(f'YarnConfig.scale={self.scale} must be at least 1')
         if self.beta_slow >= self.beta_fast:
-            raise ValueError(f'YarnConfig.beta_slow={self.beta_slow} must be below {self.beta_fast=}')
+            raise ValueError(f'YarnConfig.beta_slow={self.beta_slow} must be below beta_fast={self.beta_fast}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,14 +160,14 @@ class MoEConfig:
         if self.num_shared_experts < 0:
             raise ValueError(f'MoEConfig.num_shared_experts={self.num_shared_experts} must not be negative')
         if self.num_experts % self.num_groups:
-            raise ValueError(f'MoEConfig.num_experts={self.num_experts} must be a multiple of {self.num_groups=}')
+            raise ValueError(f'MoEConfig.num_experts={self.num_experts} must be a multiple of num_groups={self.num_groups}')
         if self.top_groups > self.num_groups:
-            raise ValueError(f'MoEConfig.top_groups={self.top_groups} exceeds {self.num_groups=}')
+            raise ValueError(f'MoEConfig.top_groups={self.top_groups} exceeds num_groups={self.num_groups}')
         limit = self.top_groups * (self.num_experts // self.num_groups)
         if self.top_k > limit:
             raise ValueError(
                 f'MoEConfig.top_k={self.top_k} exceeds the {limit} experts in the allowed groups '
-                f'({self.top_groups=} of {self.num_experts // self.num_groups} experts each)'
+                f'(top_groups={self.top_groups} of {self.num_experts // self.num_groups} experts each)'
             )
 
 
@@ -235,13 +235,13 @@ class ModelConfig:
             'scan_unroll',
         )
         if not 0 <= self.num_dense_layers <= self.num_layers:
-            raise ValueError(f'ModelConfig.num_dense_layers={self.num_dense_layers} must lie in 0..{self.num_layers=}')
+            raise ValueError(f'ModelConfig.num_dense_layers={self.num_dense_layers} must lie in 0..num_layers={self.num_layers}')
         if self.mtp_depth < 0:
             raise ValueError(f'ModelConfig.mtp_depth={self.mtp_depth} must not be negative')
         if self.moe is None and (self.num_moe_layers or self.mtp_depth):
             raise ValueError(
                 f'ModelConfig.moe=None needs every layer dense and no MTP module: '
-                f'{self.num_dense_layers=}, {self.num_layers=}, {self.mtp_depth=}'
+                f'num_dense_layers={self.num_dense_layers}, num_layers={self.num_layers}, mtp_depth={self.mtp_depth}'
             )
 
     @property

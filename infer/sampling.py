@@ -113,7 +113,7 @@ def _reaching(
     key_BV = jax.lax.bitcast_convert_type(jnp.abs(z_BV), jnp.int32)
     infinity = jnp.full_like(goal_B, jnp.inf)
 
-    def halve(_: int, bounds: tuple[Int[Array, ' B'], Int[Array, ' B']]) -> tuple[Int[Array, ' B'], Int[Array, ' B']]:
+    def halve(_, bounds):
         low_B, high_B = bounds
         middle_B = low_B + (high_B - low_B) // 2
         reached_B = jnp.sum(jnp.where(key_BV <= middle_B[:, None], weight_BV, 0.0), axis=-1) >= goal_B

@@ -39,7 +39,7 @@ class OptimizerConfig:
         require_positive(self, 'epsilon', 'clip_norm')
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError(
-                f'OptimizerConfig: {self.warmup_steps=} and {self.weight_decay=} must not be negative'
+                f'OptimizerConfig: warmup_steps={self.warmup_steps} and weight_decay={self.weight_decay} must not be negative'
             )  # fmt: skip
         for name in ('beta1', 'beta2'):
             if not 0 <= getattr(self, name) < 1:

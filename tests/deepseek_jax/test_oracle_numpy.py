@@ -1,6 +1,6 @@
 """The JAX model against the float64 numpy model written from the report: values, and the gradient of every parameter.
 
-Errors are relative to the largest magnitude of the expected array; gradients are compared along random directions,
+Errors are relative to the largest magnitude of the expected array; gradients are compared along a random direction,
 relative to the size that such a projection typically has.
 """
 
@@ -20,7 +20,6 @@ GRADIENT_TOLERANCE = 3e-5
 CLOSEST_CALL = 1e-5
 """Selections with a smaller gap could be turned by float32 rounding; the cases have none."""
 STEP = 1e-6
-DIRECTIONS = 2
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.05
 BATCH, LENGTH = 2, 8
 
@@ -47,7 +46,6 @@ YARN = dataclasses.replace(
     rope=ds.RopeConfig(theta=500.0, yarn=ds.YarnConfig(scale=8.0, original_length=256, mscale=0.7, mscale_all_dim=1.2)),
     mtp_depth=1,
     norm_eps=1e-3,
-    remat='full',
 )
 SEGMENTS = dataclasses.replace(
     GROUPS,
@@ -57,8 +55,10 @@ SEGMENTS = dataclasses.replace(
     moe=ds.MoEConfig(
         num_experts=6, num_shared_experts=2, top_k=1, num_groups=1, top_groups=1, ffn_dim=5, gate_scale=1.5
     ),
+    remat='full',
 )
 CASES = {'groups': GROUPS, 'yarn': YARN, 'segments': SEGMENTS}
+CASES_WITH_EVERY_PARAMETER = ('groups', 'segments')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def test_forward_without_mtp_leaves_modules_out():
     np.testing.assert_array_equal(out.load_LE, expected.load_LE)
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', CASES_WITH_EVERY_PARAMETER)
 def test_gradient_equals_finite_differences_of_numpy_model(name):
     case = make_case(name)
     params = jax.tree.map(jnp.asarray, case.params)
@@ -180,14 +180,13 @@ def test_gradient_equals_finite_differences_of_numpy_model(name):
             assert not leaf.any(), label
             continue
         assert np.linalg.norm(leaf) > 0, label
-        for _ in range(DIRECTIONS):
-            direction = rng.normal(size=leaf.shape)
-            direction /= np.linalg.norm(direction)
-            above = shifted_loss(case, point, path, STEP * direction, expected)
-            below = shifted_loss(case, point, path, -STEP * direction, expected)
-            slope = (above - below) / (2 * STEP)
-            error = abs(np.sum(leaf * direction) - slope) / (np.linalg.norm(leaf) / np.sqrt(leaf.size))
-            errors[label] = max(error, errors.get(label, 0.0))
+        direction = rng.normal(size=leaf.shape)
+        direction /= np.linalg.norm(direction)
+        above = shifted_loss(case, point, path, STEP * direction, expected)
+        below = shifted_loss(case, point, path, -STEP * direction, expected)
+        slope = (above - below) / (2 * STEP)
+        typical_slope = np.linalg.norm(leaf) / np.sqrt(leaf.size)
+        errors[label] = abs(np.sum(leaf * direction) - slope) / typical_slope
     assert not {label: error for label, error in errors.items() if error > GRADIENT_TOLERANCE}
 
 

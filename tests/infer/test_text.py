@@ -2,11 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.tokenizer import ByteTokenizer
+from deepseek_jax.tokenizer import ByteTokenizer, DecodeStream
 from infer.text import TextStream
 
 
-class Pieces:
+class Pieces(DecodeStream):
     """A decode stream whose ids are places in a list of pieces."""
 
     def __init__(self, pieces, rest=''):
@@ -21,7 +21,7 @@ class Pieces:
 
 def run(pieces, stop, rest=''):
     """What comes out at each step and at the end, and whether a stop string was found."""
-    stream = TextStream(Pieces(pieces, rest), stop)  # pyright: ignore[reportArgumentType]
+    stream = TextStream(Pieces(pieces, rest), stop)
     out = []
     for token_id in range(len(pieces)):
         out.append(stream.step(token_id))
