@@ -70,8 +70,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    echo 'Making $(VENV) with a Python 3.12 that uv downloads'; \
 	    uv venv --quiet --clear --seed --python 3.12 $(VENV); \
 	  else \
-	    if [ -n "$$PYTHON" ]; then echo "PYTHON=$$PYTHON is not a Python >= 3.12 with the venv module." >&2; fi; \
-	    echo 'No Python >= 3.12 with the venv module was found on PATH, under pyenv or through uv.' >&2; \
+	    if [ -n "$$PYTHON" ]; then echo "PYTHON=$$PYTHON is not a Python >= 3.12 with the venv module." >&2; \
+	    else echo 'No Python >= 3.12 with the venv module was found on PATH, under pyenv or through uv.' >&2; fi; \
 	    echo 'Install one (`pyenv install 3.12`, `uv python install 3.12`, a system package such as' >&2; \
 	    echo 'python3.12 and python3.12-venv, or python.org) or name it: make setup PYTHON=/path/to/python3.12' >&2; \
 	    exit 1; \

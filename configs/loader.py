@@ -8,13 +8,15 @@ import logging
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import gin
 
-Result = TypeVar('Result')
 _FOLDER = pathlib.Path(__file__).parent
 _MACRO = re.compile(r'\s*([A-Za-z_]\w*)\s*=')
+_ERRORS = (ValueError, SyntaxError, ImportError, AttributeError, OSError, RuntimeError)
+# What gin appends to a message: where in an override, during which call, the whole configuration.
+_CONTEXT = re.compile(r'\n\s*In (?:bindings string|call to configurable)| in config string:')
 
 
 class ConfigError(ValueError):
@@ -36,17 +38,20 @@ def parse(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> None:
         gin.parse_config_file(str(path))
         for override in overrides:
             _check_macro(override)
-            gin.parse_config(override)
+            try:
+                gin.parse_config(override)
+            except _ERRORS as error:
+                raise ConfigError(f'--set {override!r}: {_one_line(error)}') from None
         gin.finalize()
     except ConfigError:
         raise
-    except (ValueError, SyntaxError, ImportError, AttributeError, OSError, RuntimeError) as error:
+    except _ERRORS as error:
         raise ConfigError(_one_line(error)) from None
     finally:
         logging.disable(logging.NOTSET)
 
 
-def call(function: Callable[..., Result], **arguments: Any) -> Result:
+def call[Result](function: Callable[..., Result], **arguments: Any) -> Result:
     """Calls `function` with the configured keyword arguments, and `arguments` on top.
 
     What the function itself raises passes through. Raises `ConfigError` for an argument that is not configured.
@@ -77,5 +82,4 @@ def _check_macro(override: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error).split('\n  In call to configurable')[0]
-    return ' '.join(text.split())
+    return ' '.join(_CONTEXT.split(str(error))[0].split())

@@ -89,8 +89,8 @@ class YarnConfig:
         require_positive(self, 'original_length', 'beta_fast', 'beta_slow')
         if self.scale < 1:
             raise ValueError(f'YarnConfig.scale={self.scale} must be at least 1')
-        if self.beta_slow >= self.beta_fast:
-            raise ValueError(f'YarnConfig.beta_slow={self.beta_slow} must be below beta_fast={self.beta_fast}')
+        if self.beta_slow > self.beta_fast:
+            raise ValueError(f'YarnConfig.beta_slow={self.beta_slow} exceeds beta_fast={self.beta_fast}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,7 @@ class MLAConfig:
       value_head_dim: U.
       kv_rank: C, width of the compressed key/value latent that is cached.
       query_rank: Q, width of the compressed query latent; None projects queries straight from the model width.
+      latent_norm_eps: RMSNorm epsilon of both latents; 1e-6 in published models whatever their `norm_eps`.
     """
 
     num_heads: int
@@ -124,6 +125,7 @@ class MLAConfig:
     value_head_dim: int
     kv_rank: int
     query_rank: int | None = None
+    latent_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -160,7 +162,9 @@ class MoEConfig:
         if self.num_shared_experts < 0:
             raise ValueError(f'MoEConfig.num_shared_experts={self.num_shared_experts} must not be negative')
         if self.num_experts % self.num_groups:
-            raise ValueError(f'MoEConfig.num_experts={self.num_experts} must be a multiple of num_groups={self.num_groups}')
+            raise ValueError(
+                f'MoEConfig.num_experts={self.num_experts} must be a multiple of num_groups={self.num_groups}'
+            )
         if self.top_groups > self.num_groups:
             raise ValueError(f'MoEConfig.top_groups={self.top_groups} exceeds num_groups={self.num_groups}')
         limit = self.top_groups * (self.num_experts // self.num_groups)
@@ -201,7 +205,7 @@ class ModelConfig:
       dense_ffn_dim: hidden width of the dense FFN.
       mla, moe, rope, precision: the parts; `moe` may be None only if every layer is dense.
       mtp_depth: multi-token prediction modules [2.2]; module k predicts the token k + 1 places ahead.
-      norm_eps: RMSNorm epsilon.
+      norm_eps: RMSNorm epsilon of all norms but those of the latents.
       init_std: standard deviation of the initial weights.
       remat: what the backward pass recomputes, per block: 'none', 'dots' (all but matrix products), 'full'.
       scan_unroll: blocks per iteration of the scan over layers (changes compile time and speed, not values).
@@ -235,7 +239,9 @@ class ModelConfig:
             'scan_unroll',
         )
         if not 0 <= self.num_dense_layers <= self.num_layers:
-            raise ValueError(f'ModelConfig.num_dense_layers={self.num_dense_layers} must lie in 0..num_layers={self.num_layers}')
+            raise ValueError(
+                f'ModelConfig.num_dense_layers={self.num_dense_layers} must lie in 0..num_layers={self.num_layers}'
+            )
         if self.mtp_depth < 0:
             raise ValueError(f'ModelConfig.mtp_depth={self.mtp_depth} must not be negative')
         if self.moe is None and (self.num_moe_layers or self.mtp_depth):

@@ -20,7 +20,6 @@ import safetensors
 import safetensors.numpy
 
 from deepseek_jax import model, names
-from deepseek_jax.block import dims
 from deepseek_jax.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnConfig
 
 INDEX = 'model.safetensors.index.json'
@@ -134,6 +133,11 @@ def load_hf(
     def allocate(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         return np.empty(leaf.shape, np.float32 if names.is_router_bias(path) else dtype)
 
+    if config.mtp_depth and (missing := f'model.layers.{config.num_layers}.eh_proj.weight') not in read:
+        raise ValueError(
+            f'config.json has num_nextn_predict_layers={config.mtp_depth} and the checkpoint no tensor {missing!r}: '
+            'if it was saved without its MTP layer, set the field to 0'
+        )
     params = names.map_with_names(allocate, shapes)
     for entry in _TOP:
         _load(read, entry, '', lambda path: params[path])
@@ -232,9 +236,7 @@ def _published_tensors(
             yield tensor(layer.prefix + 'shared_head.head.weight', _TOP[2], params['head_DV'])
 
 
-def _load(
-    read: '_TensorReader', entry: _Entry, prefix: str, destination: Callable[[str], np.ndarray]
-) -> None:
+def _load(read: '_TensorReader', entry: _Entry, prefix: str, destination: Callable[[str], np.ndarray]) -> None:
     """Reads one published tensor into the parameters it joins."""
     parts = [destination(path) for path in entry.ours]
     joined = list(parts[0].shape)
@@ -286,8 +288,11 @@ class _TensorReader:
     def _scan(files: Iterable[pathlib.Path]) -> Iterator[tuple[str, pathlib.Path]]:
         for file in files:
             with safetensors.safe_open(file, framework='numpy') as handle:
-                for name in handle.keys():
+                for name in handle.keys():  # noqa: SIM118 - the handle is not a mapping
                     yield name, file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in self._files:
@@ -333,8 +338,8 @@ def config_from_published(published: Mapping[str, Any]) -> ModelConfig:
             num_dense_layers=published['first_k_dense_replace'],
             model_dim=published['hidden_size'],
             dense_ffn_dim=published['intermediate_size'],
-            norm_eps=published['rms_norm_eps'],
-            init_std=published.get('initializer_range', 0.006),
+            norm_eps=float(published['rms_norm_eps']),
+            init_std=float(published.get('initializer_range', 0.006)),
             mtp_depth=published.get('num_nextn_predict_layers', 0),
             rope=_rope_from_published(published),
             mla=MLAConfig(
@@ -352,7 +357,7 @@ def config_from_published(published: Mapping[str, Any]) -> ModelConfig:
                 num_groups=published['n_group'],
                 top_groups=published['topk_group'],
                 ffn_dim=published['moe_intermediate_size'],
-                gate_scale=published['routed_scaling_factor'],
+                gate_scale=float(published['routed_scaling_factor']),
             ),
         )
     except KeyError as error:
@@ -362,19 +367,19 @@ def config_from_published(published: Mapping[str, Any]) -> ModelConfig:
 def _rope_from_published(published: Mapping[str, Any]) -> RopeConfig:
     """Reads both spellings: `rope_theta` with `rope_scaling`, and `rope_parameters` that holds both."""
     scaling = published.get('rope_parameters') or published.get('rope_scaling') or {}
-    theta = scaling.get('rope_theta', published.get('rope_theta', 10_000.0))
+    theta = float(scaling.get('rope_theta', published.get('rope_theta', 10_000.0)))
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     if kind == 'default':
         return RopeConfig(theta=theta)
     if kind != 'yarn':
         raise ValueError(f"config.json has rope scaling {kind!r}; this model knows 'yarn'")
     yarn = YarnConfig(
-        scale=scaling['factor'],
+        scale=float(scaling['factor']),
         original_length=scaling['original_max_position_embeddings'],
-        beta_fast=scaling.get('beta_fast', 32),
-        beta_slow=scaling.get('beta_slow', 1),
-        mscale=scaling.get('mscale', 1.0),
-        mscale_all_dim=scaling.get('mscale_all_dim', 0.0),
+        beta_fast=float(scaling.get('beta_fast', 32)),
+        beta_slow=float(scaling.get('beta_slow', 1)),
+        mscale=float(scaling.get('mscale', 1.0)),
+        mscale_all_dim=float(scaling.get('mscale_all_dim', 0.0)),
     )
     return RopeConfig(theta=theta, yarn=yarn)
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax import ops, rope
@@ -72,7 +71,7 @@ def project_queries(params: Params, x_BTD: Array, rotation: rope.Rotation, confi
         q_rope_BTHR = ops.einsum('BTD,DHR->BTHR', x_BTD, params['w_qr_DHR'])
     else:
         c_BTQ = ops.einsum('BTD,DQ->BTQ', x_BTD, params['w_dq_DQ'])
-        c_BTQ = rms_norm(c_BTQ, params['query_norm_Q'], config.norm_eps)
+        c_BTQ = rms_norm(c_BTQ, params['query_norm_Q'], config.mla.latent_norm_eps)
         q_BTHN = ops.einsum('BTQ,QHN->BTHN', c_BTQ, params['w_uq_QHN'])
         q_rope_BTHR = ops.einsum('BTQ,QHR->BTHR', c_BTQ, params['w_qr_QHR'])
     return q_BTHN, rope.rotate(q_rope_BTHR, rotation.cos[:, :, None], rotation.sin[:, :, None])
@@ -81,7 +80,7 @@ def project_queries(params: Params, x_BTD: Array, rotation: rope.Rotation, confi
 def project_latent(params: Params, x_BTD: Array, rotation: rope.Rotation, config: ModelConfig) -> tuple[Array, Array]:
     """What the cache keeps: normalised latent `c^KV` (B, T, C) and rotated shared key `k^R` (B, T, R) [eq. 1, 3]."""
     latent_BTC = ops.einsum('BTD,DC->BTC', x_BTD, params['w_dkv_DC'])
-    latent_BTC = rms_norm(latent_BTC, params['latent_norm_C'], config.norm_eps)
+    latent_BTC = rms_norm(latent_BTC, params['latent_norm_C'], config.mla.latent_norm_eps)
     k_rope_BTR = ops.einsum('BTD,DR->BTR', x_BTD, params['w_kr_DR'])
     return latent_BTC, rope.rotate(k_rope_BTR, rotation.cos, rotation.sin)
 

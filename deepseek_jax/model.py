@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -75,7 +76,7 @@ class DeepSeekV3(nn.Module):
                 rematerialised(Block, config),
                 variable_axes={'params': 0},
                 split_rngs={'params': True},
-                in_axes=(nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=length,
                 unroll=min(config.scan_unroll, length),
             )(config, use_moe=name == 'moe_layers', absorbed=self.absorbed, name=name)
@@ -91,7 +92,7 @@ class DeepSeekV3(nn.Module):
                 MTPModule,
                 variable_axes={'params': 0},
                 split_rngs={'params': True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=config.mtp_depth,
             )(config, name='mtp')(hidden_BTD, ahead_LBT, params['embedding_VD'], attend)
             balances.append(balance)
@@ -121,7 +122,8 @@ def init(key: Array, config: ModelConfig, shardings: Any = None) -> dict[str, An
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
         ahead_LBT = jnp.zeros((config.mtp_depth, 1, 1), jnp.int32)
         module = DeepSeekV3(config)
-        return module.init(key, tokens_BT, causal_attend(tokens_BT, None, config), None, ahead_LBT)['params']
+        attend = causal_attend(tokens_BT, None, config)
+        return dict(module.init(key, tokens_BT, attend, None, ahead_LBT)['params'])
 
     return make(key)
 

@@ -18,9 +18,7 @@ def einsum(equation: str, x: Array, w: Array) -> Array:
 
 def einsum_fp32(equation: str, x: Array, y: Array) -> Array:
     """A product whose result stays float32: attention scores, router affinities, logits."""
-    return jnp.einsum(
-        equation, x, y.astype(x.dtype), precision=_precision(x.dtype), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum(equation, x, y.astype(x.dtype), precision=_precision(x.dtype), preferred_element_type=jnp.float32)
 
 
 def grouped_matmul(

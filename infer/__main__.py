@@ -250,8 +250,8 @@ def _parse_line(number: int, values: Any, defaults: SamplingParams) -> _Line:
     known = {field.name for field in dataclasses.fields(SamplingParams)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f'unknown key {unknown[0]!r}; sampling parameters are {", ".join(sorted(known))}')
-    if isinstance(values.get('stop'), str):
-        values['stop'] = (values['stop'],)
+    if 'stop' in values:
+        values['stop'] = tuple(values['stop']) if isinstance(values['stop'], list) else (values['stop'],)
     return _Line(number, prompt, messages, dataclasses.replace(defaults, **values), name)
 
 

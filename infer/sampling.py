@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from infer.request import SamplingParams
@@ -39,22 +38,22 @@ class SamplingRows(NamedTuple):
 
 
 def one_row(params: SamplingParams, seed: int) -> SamplingRows:
-    """The parameters of one request as numpy scalars; `seed` stands for a `params.seed` of None."""
+    """The parameters of one request, without B; `seed` stands for a `params.seed` of None."""
     seed = seed if params.seed is None else params.seed
     return SamplingRows(
-        temperature_B=np.float32(params.temperature),
-        top_k_B=np.int32(params.top_k),
-        top_p_B=np.float32(params.top_p),
-        min_p_B=np.float32(params.min_p),
-        repetition_penalty_B=np.float32(params.repetition_penalty),
-        seed_B2=np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32),
+        temperature_B=jnp.float32(params.temperature),
+        top_k_B=jnp.int32(params.top_k),
+        top_p_B=jnp.float32(params.top_p),
+        min_p_B=jnp.float32(params.min_p),
+        repetition_penalty_B=jnp.float32(params.repetition_penalty),
+        seed_B2=jnp.uint32([seed >> 32, seed & 0xFFFFFFFF]),
     )
 
 
 def greedy_rows(batch_size: int) -> SamplingRows:
     """Parameters of `batch_size` rows that each take the most likely token."""
     row = one_row(SamplingParams(temperature=0.0), seed=0)
-    return jax.tree.map(lambda value: jnp.broadcast_to(value, (batch_size, *np.shape(value))), row)
+    return jax.tree.map(lambda value: jnp.broadcast_to(value, (batch_size, *value.shape)), row)
 
 
 def token_keys(seed_B2: UInt32[Array, 'B 2'], position_B: Int[Array, ' B']) -> Key[Array, ' B']:

@@ -13,8 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICES = 8
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={DEVICES}'
+# Tests compile much and compute little: without optimisation of the generated code compiling takes half the time.
+for flag, value in {'xla_force_host_platform_device_count': DEVICES, 'xla_backend_optimization_level': 0}.items():
+    if flag not in os.environ.get('XLA_FLAGS', ''):
+        os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --{flag}={value}'
 # XLA makes one thread a device. Calls are queued without waiting, so a later call can hold a thread that a collective
 # of an earlier one waits for: XLA aborts after 40 s. Twice the threads end that (it reads their number from NPROC).
 os.environ.setdefault('NPROC', str(2 * DEVICES))

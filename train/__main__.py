@@ -4,14 +4,22 @@ import argparse
 import pathlib
 import sys
 import time
+from typing import NoReturn
 
 from configs import loader
 from train import run
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, as everything else that is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'error: {message}\n')
+
+
 def main() -> int:
     """Runs the command line and returns the exit code: 2, with one line on standard error, for bad input."""
-    parser = argparse.ArgumentParser(prog='python -m train', description=__doc__)
+    parser = _Parser(prog='python -m train', description=__doc__)
     parser.add_argument('--config', required=True, metavar='FILE.gin', help='the configuration to train')
     parser.add_argument(
         '--set',
@@ -34,7 +42,7 @@ def main() -> int:
             config_text=loader.operative_config,
             print_only=options.print,
         )
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f'error: {error}'.partition('\n')[0], file=sys.stderr)
         return 2
     if result is None:

@@ -52,11 +52,12 @@ class Checkpoints:
         keep: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_every is not None:
             keep.append(policies.EveryNSteps(config.keep_every))
+        # The loop decides when to save.
+        every_save: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
             str((run_dir / CHECKPOINTS).absolute()),
-            # The loop decides when to save.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            save_decision_policy=every_save,
+            preservation_policy=policies.AnyPreservationPolicy(keep),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
 

@@ -66,15 +66,15 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float, dtype: Any) -> opt
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
         return AdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
 
-    def update(gradients: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
         del params
         count = state.count + 1
 
         def decay(beta: float, power: int, moment: jax.Array, gradient: jax.Array) -> jax.Array:
             return beta * moment.astype(jnp.float32) + (1 - beta) * gradient.astype(jnp.float32) ** power
 
-        mu = jax.tree.map(lambda m, g: decay(beta1, 1, m, g), state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: decay(beta2, 2, v, g), state.nu, gradients)
+        mu = jax.tree.map(lambda m, g: decay(beta1, 1, m, g), state.mu, updates)
+        nu = jax.tree.map(lambda v, g: decay(beta2, 2, v, g), state.nu, updates)
         correction1, correction2 = 1 - beta1**count, 1 - beta2**count
         direction = jax.tree.map(
             lambda m, v: (m / correction1) / (jnp.sqrt(v / correction2) + epsilon), mu, nu

@@ -92,13 +92,12 @@ def train(
     if run_dir is None:
         raise ValueError('run_dir=None: name the directory that the run is written to')
     directory = pathlib.Path(run_dir)
-    _check_run_dir(directory, model, data)
+    _check_run_dir(directory, model, _tokenizer_name(data))
     corpus = data_lib.load_corpus(data)
     _check_vocabulary(corpus, model)
     rows = data_lib.training_rows(corpus, sequence_length, seed)
-    initial = None if directory.exists() or init_from is None else _load_initial(init_from, model)
     saved = Checkpoints(directory, checkpoints) if (directory / run_files.CHECKPOINTS).exists() else None
-    state, progress = _restore_or_init(saved, model, optimizer, seed, initial)
+    state, progress = _restore_or_init(saved, model, optimizer, seed, init_from)
     if progress.step > total_steps:
         raise ValueError(f'{total_steps=} is below step {progress.step}, which {directory} has already reached')
     saved = saved or _make_run_dir(directory, model, corpus, checkpoints)
@@ -112,7 +111,7 @@ def train(
         objective=objective,
         sequence_length=sequence_length,
         eval_rows=eval_rows,
-        eval_batch_size=batch_size,
+        eval_batch_size=min(batch_size, eval_rows),
         total_steps=total_steps,
         total_tokens=tokens,
         resume_step=progress.step,
@@ -131,6 +130,8 @@ def train(
             if progress.step % eval_every == 0 or progress.step == total_steps:
                 loop.evaluate(state, progress)
             if progress.step % checkpoint_every == 0 or progress.step == total_steps:
+                # A run that resumes from this step does not take it again: its line must be there.
+                loop.write_pending()
                 saved.save(state, progress)
         return loop.finish()
     finally:
@@ -176,14 +177,14 @@ class _Loop:
             optimizer=self.optimizer,
             config=self.objective,
         )
-        self._write_pending()
+        self.write_pending()
         num_bytes = data_lib.target_bytes(rows, self._byte_lengths)
         self._pending = (progress.step + 1, rows['weights'].size, num_bytes, values, metrics)
         return state
 
     def evaluate(self, state: State, progress: Progress) -> None:
         """Reads held-out text and writes an evaluation line and the picture."""
-        self._write_pending()
+        self.write_pending()
         nats, weight, num_bytes, load = 0.0, 0.0, 0, 0
         batches = data_lib.heldout_batches(
             self.corpus, self.sequence_length, self.eval_batch_size, max_rows=self.eval_rows
@@ -225,7 +226,8 @@ class _Loop:
             bias_rate=at(self.objective.bias_rate),
         )
 
-    def _write_pending(self) -> None:
+    def write_pending(self) -> None:
+        """Writes the lines of the last step, if they are not written yet."""
         if self._pending is None:
             return
         step, tokens, num_bytes, values, metrics = self._pending
@@ -267,11 +269,12 @@ def _batches(
 
 
 def _restore_or_init(
-    saved: Checkpoints | None, model: ds.ModelConfig, optimizer: OptimizerConfig, seed: int, initial: Any
+    saved: Checkpoints | None, model: ds.ModelConfig, optimizer: OptimizerConfig, seed: int, init_from: str | None
 ) -> tuple[State, Progress]:
     if saved is not None and saved.latest_step is not None:
         shapes = jax.eval_shape(lambda key: init_state(key, model, optimizer), jax.random.key(0))
         return saved.restore(shapes)
+    initial = None if init_from is None else _load_initial(init_from, model)
     state = init_state(jax.random.key(seed), model, optimizer)
     return (state if initial is None else state._replace(params=initial)), Progress()
 
@@ -291,9 +294,9 @@ def _make_run_dir(
     directory: pathlib.Path, model: ds.ModelConfig, corpus: data_lib.Corpus, config: CheckpointConfig
 ) -> Checkpoints:
     directory.mkdir(parents=True, exist_ok=True)
+    # First: without it the directory is taken for something else and left alone.
+    run_files.write_model_file(directory, model, _tokenizer_name(corpus.config))
     corpus.tokenizer.save(directory)
-    name = 'bytes' if corpus.config.tokenizer == 'bytes' else 'tokenizer.json'
-    run_files.write_model_file(directory, model, name)
     return Checkpoints(directory, config)
 
 
@@ -319,19 +322,25 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         raise ValueError(f'train.sequence_length={arguments["sequence_length"]} must exceed the MTP {depth=}')
 
 
-def _check_run_dir(directory: pathlib.Path, model: ds.ModelConfig, data: DataConfig) -> None:
-    """A directory to go on with must hold this model; one that holds anything else is left alone."""
+def _tokenizer_name(data: DataConfig) -> str:
+    return 'bytes' if data.tokenizer == 'bytes' else 'tokenizer.json'
+
+
+def _check_run_dir(directory: pathlib.Path, model: ds.ModelConfig, tokenizer: str) -> None:
+    """A directory to go on with must hold this model and tokenizer; one that holds anything else is left alone."""
     if not directory.exists():
         return
     if not directory.is_dir():
         raise ValueError(f'run_dir={str(directory)!r} is a file; name a directory')
     if not any(directory.iterdir()):
         return
-    found, _ = run_files.read_model_file(directory)
+    found, found_tokenizer = run_files.read_model_file(directory)
     for field in dataclasses.fields(model):
         old, new = getattr(found, field.name), getattr(model, field.name)
         if old != new and field.name not in ('precision', 'remat', 'scan_unroll', 'init_std'):
             raise ValueError(f'{directory} holds a run of another shape: its model has {field.name}={old}, not {new}')
+    if found_tokenizer != tokenizer:
+        raise ValueError(f'{directory} holds a run with tokenizer {found_tokenizer!r}, not {tokenizer!r}')
 
 
 def _check_vocabulary(corpus: data_lib.Corpus, model: ds.ModelConfig) -> None:

@@ -26,6 +26,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_types(self)
+        # Lists pass the check, but a configuration must be hashable.
+        object.__setattr__(self, 'pieces', tuple(map(tuple, self.pieces)))
         if not self.pieces:
             raise ValueError('Schedule.pieces=() must hold at least one (shape, value, length)')
         for piece in self.pieces:

@@ -1,11 +1,13 @@
 """Tiny random models and engines, shared so that each program compiles once."""
 
-import jax
+import dataclasses
+
 import pytest
 
 import deepseek_jax as ds
 from deepseek_jax.tokenizer import ByteTokenizer
 from infer.engine import Engine
+from tests.support import random_params
 
 # More rows than the 264 ids of the byte tokenizer, as published models have.
 VOCAB_SIZE = 272
@@ -23,13 +25,19 @@ def config() -> ds.ModelConfig:
         mla=ds.MLAConfig(num_heads=2, nope_head_dim=8, rope_head_dim=4, value_head_dim=8, kv_rank=16, query_rank=12),
         moe=ds.MoEConfig(num_experts=8, num_shared_experts=1, top_k=2, num_groups=2, top_groups=1, ffn_dim=16),
         precision=ds.PrecisionConfig(recipe='fp32'),
-        init_std=0.3,
     )
 
 
 @pytest.fixture(scope='session')
 def params(config):
-    return ds.init(jax.random.key(0), config)
+    return random_params(config, std=0.3)
+
+
+@pytest.fixture(scope='session')
+def small_model(config):
+    """A dense model of one layer, for tests that need some model and no particular one."""
+    small = dataclasses.replace(config, num_layers=1, moe=None)
+    return small, random_params(small, std=0.3)
 
 
 @pytest.fixture(scope='session')
@@ -43,17 +51,6 @@ def engine(params, config, tokenizer) -> Engine:
 
 
 @pytest.fixture(scope='session')
-def small_model():
-    """A dense model of one layer, for tests that need some model and no particular one."""
-    config = ds.ModelConfig(
-        vocab_size=VOCAB_SIZE,
-        num_layers=1,
-        num_dense_layers=1,
-        model_dim=16,
-        dense_ffn_dim=16,
-        mla=ds.MLAConfig(num_heads=1, nope_head_dim=8, rope_head_dim=4, value_head_dim=8, kv_rank=8),
-        moe=None,
-        precision=ds.PrecisionConfig(recipe='fp32'),
-        init_std=0.3,
-    )
-    return config, ds.init(jax.random.key(1), config)
+def small_engine(small_model, tokenizer) -> Engine:
+    config, params = small_model
+    return Engine(params, config, tokenizer, MAX_LENGTH, MAX_BATCH)

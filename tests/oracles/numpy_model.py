@@ -124,7 +124,7 @@ def rotate(x_TR: Array, rope: RopeConfig) -> Array:
 
 def attention(u_TD: Array, weights: Tree, config: ModelConfig, segments_T: Array) -> Array:
     """Multi-head latent attention [eq. 1-11] of one sequence; a position sees earlier ones of its own segment."""
-    mla, eps = config.mla, config.norm_eps
+    mla, eps = config.mla, config.mla.latent_norm_eps
     scale = 1 / math.sqrt(mla.nope_head_dim + mla.rope_head_dim)
     if config.rope.yarn is not None:
         scale *= temperature(config.rope.yarn.scale, config.rope.yarn.mscale_all_dim) ** 2
