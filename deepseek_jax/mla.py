@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax import ops, rope
@@ -88,8 +89,8 @@ def project_latent(params: Params, x_BTD: Array, rotation: rope.Rotation, config
 def attention_probabilities(
     scores_BHTS: Float[Array, 'B H T S'], mask_BTS: Bool[Array, '#B T S']
 ) -> Float[Array, 'B H T S']:
-    """Softmax over the allowed keys, in float32; a query with no allowed key gets zeros."""
-    return jax.nn.softmax(scores_BHTS, axis=-1, where=mask_BTS[:, None])
+    """Softmax over the allowed keys, in float32. Every query must have at least one."""
+    return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min), axis=-1)
 
 
 def _expanded(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, mask_BTS, scale: float):

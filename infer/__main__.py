@@ -397,17 +397,18 @@ def _chat_lines(interactive: bool) -> Iterator[str]:
 
 def _stream_answer(events: Iterator[Event], screen: '_Screen', interactive: bool) -> str:
     """Shows an answer as it comes and returns it; an interrupt ends the answer, not the conversation."""
-    answer = ''
+    answer, cut = '', False
     try:
         for event in _first_awaited(events, 'thinking'):
             screen.write(event.text)
             answer += event.text
-            if event.completion is not None and event.completion.finish_reason == 'length':
-                _note('the answer was cut: --max-tokens or --max-length is reached')
+            cut = event.completion is not None and event.completion.finish_reason == 'length'
     except KeyboardInterrupt:
         if not interactive:
             raise
     screen.write('\n')
+    if cut:
+        _note('the answer was cut: --max-tokens or --max-length is reached')
     return answer
 
 

@@ -65,7 +65,8 @@ if 'DEEPSEEK_RUN' not in os.environ and not RUN.is_dir():
 
 # ds.load_run(RUN) gives the first two.
 config, params, tokenizer = load(RUN)
-print(f'{RUN.name}: {flops.count_parameters(config)}')
+counts = flops.count_parameters(config)
+print(f'{RUN.name}: {counts}')
 
 # %% [markdown]
 # ## 2. Configuration and parameters
@@ -86,7 +87,6 @@ for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     letters = 'L' * names.is_stacked(path) + names.letters(path[-1])
     print(f'{"/".join(path):52}{letters:12}{" x ".join(map(str, leaf.shape)):22}{leaf.size:9,}')
 
-counts = flops.count_parameters(config)
 print(f'\n{counts.total:,} in the main model, {counts.mtp:,} in the module for multi-token prediction [2.2]')
 print(f'{counts.active:,} of the main model multiply the state of one token: of the experts only the chosen ones')
 print(f'{flops.train_flops_per_token(config, 128, mtp=True) / 1e6:.1f} MFLOP a token to train, at length 128')
@@ -96,9 +96,9 @@ print(f'{flops.train_flops_per_token(config, 128, mtp=True) / 1e6:.1f} MFLOP a t
 #
 # `metrics.jsonl` has one line for every step and one for every evaluation. On the left what is minimised: the
 # cross-entropy of the next token, and that of the token after it, which the prediction module guesses [2.2, eq. 24].
-# The module is given the token in between, so both guess a token from all those before it. It comes with a block of its
-# own on top of the model, which can put it ahead where the model has few. On the right the loss of the next token in
-# bits a byte, a measure that does not depend on the tokenizer: 8 is to know nothing.
+# The module is given the token in between, so both guess a token from all those before it; with a block of its own on
+# top of the model, it may be ahead at first where the model has few. On the right the loss of the next token in bits a
+# byte, a measure that does not depend on the tokenizer: 8 is to know nothing.
 
 # %%
 lines = metrics.read_jsonl(RUN / metrics.METRICS_FILE)
@@ -168,8 +168,9 @@ tokens_BT = jnp.array([[tokenizer.bos_id, *tokenizer.encode(LINE)]])
 
 
 @functools.partial(jax.jit, static_argnames='config')
-def look(layer, x_BTD, attend, config):
-    """Where each head of a block looks, (B, H, T, S), and the block's output."""
+def look(stack, i, x_BTD, attend, config):
+    """Where each head of block `i` of a stack looks, (B, H, T, S), and the block's output."""
+    layer = jax.tree.map(lambda leaf: leaf[i], stack)
     weights = layer['attention']
     normed_BTD = norm.rms_norm(x_BTD, layer['attention_norm_D'], config.norm_eps)
     q_BTHN, q_rope_BTHR = mla.project_queries(weights, normed_BTD, attend.rotation, config)
@@ -188,8 +189,7 @@ x_BTD = params['embedding_VD'][tokens_BT].astype(jnp.float32)
 probabilities = []
 for name, length in (('dense_layers', config.num_dense_layers), ('moe_layers', config.num_moe_layers)):
     for i in range(length):
-        layer = jax.tree.map(lambda stacked, i=i: stacked[i], params[name])
-        probabilities_BHTS, x_BTD = look(layer, x_BTD, attend, exact)
+        probabilities_BHTS, x_BTD = look(params[name], i, x_BTD, attend, exact)
         probabilities.append(probabilities_BHTS[0])
 probabilities_LHTS = np.stack(probabilities)
 
@@ -201,8 +201,8 @@ assert difference < 1e-3
 
 # %% [markdown]
 # Rows are the tokens that look, columns those that are looked at; nothing right of the diagonal, because the model is
-# causal. Of all heads this is the one that is surest where to look: its rows have the lowest mean entropy. After a
-# few hundred steps that is often a head that finds a fixed distance back, or the beginning of the word.
+# causal. Of all heads this is the one that is surest where to look: its rows have the lowest mean entropy. After some
+# hundred steps it is usually a head that reads the token before, from which the layers above learn what follows what.
 
 # %%
 entropy_LH = -np.sum(probabilities_LHTS * np.log2(probabilities_LHTS + 1e-30), axis=-1).mean(axis=-1)
@@ -270,19 +270,21 @@ plt.show()
 
 # %%
 @functools.partial(jax.jit, static_argnames='config')
-def decode(params, token, position, cache, config):
-    """The logits (V,) after one more token, and the cache with it added."""
-    hidden_BTD, cache = ds.extend(params, token[None, None], position[None, None], cache, config, absorbed=True)
-    return ds.logits(params, hidden_BTD[0, 0], config), cache
+def decode(params, tokens_T, config):
+    """The logits (T, V) of a line that is read token by token."""
+
+    def step(cache, inputs):
+        token, position = inputs
+        hidden_BTD, cache = ds.extend(params, token[None, None], position[None, None], cache, config, absorbed=True)
+        return cache, ds.logits(params, hidden_BTD[0, 0], config)
+
+    cache = ds.init_cache(config, batch_size=1, max_length=tokens_T.size)
+    return jax.lax.scan(step, cache, (tokens_T, jnp.arange(tokens_T.size)))[1]
 
 
-cache = ds.init_cache(exact, batch_size=1, max_length=tokens_BT.shape[1])
-rows = []
-for position, token in enumerate(tokens_BT[0]):
-    logits_V, cache = decode(params, token, jnp.int32(position), cache, exact)
-    rows.append(logits_V)
-difference = jnp.abs(jnp.stack(rows) - logits_BTV[0]).max()
-print(f'{len(rows)} absorbed steps against one expanded pass: the logits differ by {difference:.1e} at most')
+logits_TV = decode(params, tokens_BT[0], exact)
+difference = jnp.abs(logits_TV - logits_BTV[0]).max()
+print(f'{len(logits_TV)} absorbed steps against one expanded pass: the logits differ by {difference:.1e} at most')
 assert difference < 1e-3
 
 # %% [markdown]

@@ -62,7 +62,7 @@ def train_step(
     directions, optimizer_state = make_optimizer(optimizer).update(gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda leaf, step: leaf - values.learning_rate * step, state.params, directions)
     params = update_router_biases(params, losses.load_LE, values.bias_rate, model)
-    return State(params, optimizer_state), StepMetrics(losses, optax.global_norm(gradients))
+    return State(params, optimizer_state), StepMetrics(losses, optax.tree.norm(gradients))
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'config'))

@@ -162,7 +162,9 @@ def test_bf16_recipe_is_close_to_fp32():
     bf16 = ds.forward(params, tokens_BT, changed(config, precision=ds.PrecisionConfig(recipe='bf16')))
     assert bf16.logits_BTV.dtype == jnp.float32
     x, y = np.asarray(bf16.logits_BTV, np.float64), np.asarray(out.logits_BTV, np.float64)
-    assert 1 - 2 * np.sum(x * y) / (np.sum(x * x) + np.sum(y * y)) < 1e-2
+    difference_BT = 1 - 2 * np.sum(x * y, -1) / (np.sum(x * x, -1) + np.sum(y * y, -1))
+    # Rounding sends a few tokens to another expert, whose logits then differ; the others must agree.
+    assert np.median(difference_BT) < 1e-3
 
 
 def test_mtp_logits_have_one_position_less_a_depth():

@@ -6,10 +6,12 @@ and floats: both are taken.
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import deepseek_jax as ds
+from tests.support import random_params
 from train.data import DataConfig
 from train.loss import ObjectiveConfig
 from train.optimizer import OptimizerConfig
@@ -82,6 +84,12 @@ def model() -> ds.ModelConfig:
         init_std=0.02,
         precision=ds.PrecisionConfig(recipe='fp32'),
     )
+
+
+@pytest.fixture(scope='session')
+def params(model) -> dict[str, Any]:
+    """Random parameters. `train_step` takes its state for itself: give it a copy."""
+    return random_params(model)
 
 
 @pytest.fixture(scope='session')
