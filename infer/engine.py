@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 import deepseek_jax as ds
@@ -161,6 +162,9 @@ class Engine:
         self.max_batch = max_batch
         self.stats = Stats()
         self._params = jax.tree.map(jnp.asarray, params)
+        sharding = jax.tree.leaves(self._params)[0].sharding
+        named = isinstance(sharding, NamedSharding)
+        self._replicated = NamedSharding(sharding.mesh, PartitionSpec()) if named else sharding
         self._compiled: set[tuple[str, int]] = set()
 
         allowed_V = np.zeros(config.vocab_size, bool)
@@ -192,7 +196,7 @@ class Engine:
 
     def _run(self, requests: list[Request]) -> Iterator[Event]:
         stats, start = self.stats, time.perf_counter()
-        cache, rows = self._empty()
+        cache, rows = self._timed('empty', 0, self._empty)
         waiting = collections.deque(enumerate(requests))
         answers: dict[int, _Answer] = {}
         while waiting or answers:
@@ -227,7 +231,9 @@ class Engine:
             seen_BV=jnp.zeros((size, vocab_size), bool),
             sampling=greedy_rows(size),
         )
-        return ds.init_cache(self.config, size, self.max_length), rows
+        # On the devices of the parameters: arrays that only happen to be there would make a program compile twice,
+        # once for them and once for the results of the first call.
+        return jax.device_put((ds.init_cache(self.config, size, self.max_length), rows), self._replicated)
 
     def _mask(self, rows: Iterable[int]) -> np.ndarray:
         mask_B = np.zeros(self.max_batch, bool)

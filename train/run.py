@@ -276,7 +276,10 @@ def _restore_or_init(
         return saved.restore(shapes)
     initial = None if init_from is None else _load_initial(init_from, model)
     state = init_state(jax.random.key(seed), model, optimizer)
-    return (state if initial is None else state._replace(params=initial)), Progress()
+    if initial is not None:
+        state = state._replace(params=initial)
+    # Bound to its device like restored arrays: the program is another one for arrays that are not.
+    return jax.device_put(state, jax.devices()[0]), Progress()
 
 
 def _load_initial(path: str, model: ds.ModelConfig) -> Any:

@@ -9,8 +9,9 @@ from infer.engine import Engine
 from infer.request import Completion, Request, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
-# Lengths in both buckets of a cache of 48 and on their borders; more prompts than rows.
-PROMPTS = ['d', 'def f(x):\n', 'x' * 14, 'y' * 15, 'hello, world ' * 2, '\u6f22\u5b57 \U0001f600', 'z' * 30]
+# More prompts than rows, of all lengths up to the smallest bucket; then some of the next bucket and its border.
+SHORT = ['d', 'def f(x):\n', 'x' * 14, '\u6f22\u5b57 \U0001f600', 'y' * 15]
+PROMPTS = [*SHORT, 'z' * 16, 'hello, world ' * 2, 'w' * 31]
 
 
 def ask(text, params=GREEDY, **changes) -> Request:
@@ -35,25 +36,33 @@ def complete(engine, requests) -> list[Completion]:
     return [completions[index] for index in range(len(requests))]
 
 
-def test_engine_greedy_is_the_argmax_of_a_full_recomputation(engine, params, config):
-    requests = [ask(prompt) for prompt in PROMPTS]
+def assert_argmax_of_full_recomputation(engine, params, prompts):
+    config, requests = engine.config, [ask(prompt) for prompt in prompts]
     allowed_V = np.arange(config.vocab_size) < engine.tokenizer.vocab_size
     allowed_V[[256, 258]] = False
     for request, completion in zip(requests, complete(engine, requests), strict=True):
         ids = list(request.prompt_ids)
         for token_id, logprob in zip(completion.token_ids, completion.logprobs or (), strict=True):
             tokens_BT = jnp.asarray([ids + [0] * (engine.max_length - len(ids))])
-            logits_V = ds.forward(params, tokens_BT, config).logits_BTV[0, len(ids) - 1]
-            assert token_id == int(jnp.argmax(jnp.where(allowed_V, logits_V, -jnp.inf)))
-            assert logprob == pytest.approx(float(jax.nn.log_softmax(logits_V)[token_id]), abs=1e-4)
+            logits_V = np.asarray(ds.forward(params, tokens_BT, config).logits_BTV[0, len(ids) - 1])
+            assert token_id == np.argmax(np.where(allowed_V, logits_V, -np.inf))
+            assert logprob == pytest.approx(logits_V[token_id] - np.log(np.exp(logits_V).sum()), abs=1e-4)
             ids.append(token_id)
         assert len(completion.token_ids) == GREEDY.max_tokens
         assert completion.finish_reason == 'length'
 
 
+def test_engine_greedy_is_the_argmax_of_a_full_recomputation(engine, params):
+    assert_argmax_of_full_recomputation(engine, params, SHORT)
+
+
+def test_engine_greedy_is_right_in_every_bucket(small_engine, small_model):
+    assert_argmax_of_full_recomputation(small_engine, small_model[1], PROMPTS)
+
+
 @pytest.mark.parametrize('rules', [{}, {'temperature': 1.0, 'top_p': 0.9, 'repetition_penalty': 1.2}])
 def test_engine_batch_equals_single_runs(engine, rules):
-    requests = [ask(prompt, seed=7, **rules) for prompt in PROMPTS]
+    requests = [ask(prompt, seed=7, **rules) for prompt in SHORT]
     together = complete(engine, requests)
     backwards = complete(engine, requests[::-1])[::-1]
     alone = [complete(engine, [request])[0] for request in requests]
@@ -168,6 +177,11 @@ def test_engine_refuses_sizes_and_tokenizers_that_cannot_work(small_model, token
     larger.vocab_size = 273
     with pytest.raises(ValueError, match='tokenizer.vocab_size=273 exceeds config.vocab_size=272'):
         Engine(params, config, larger, max_length=8, max_batch=1)
+
+
+def test_engine_state_is_bound_to_its_devices_from_the_start(small_engine):
+    # As the results of programs are; otherwise each program compiles again on its second call.
+    assert all(leaf.committed for leaf in jax.tree.leaves(small_engine._empty()))
 
 
 def test_engine_survives_a_caller_that_leaves_early(small_engine):

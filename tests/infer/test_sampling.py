@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.request import SamplingParams
-from infer.sampling import filter_logits, greedy_rows, one_row, sample, token_keys
+from infer.sampling import SamplingRows, filter_logits, greedy_rows, one_row, sample, token_keys
 
 B, V = 4, 64
 ALLOWED = np.ones(V, bool)
@@ -18,12 +18,18 @@ def stack(params):
     return jax.tree.map(lambda *values: jnp.asarray(np.stack(values)), *[one_row(p, seed=0) for p in params])
 
 
-def draw(logits_BV, params, seen_BV=None, position=0, allowed_V=ALLOWED):
-    rows = stack(params)
-    keys_B = token_keys(rows.seed_B2, jnp.full(len(params), position))
+def draw(logits_BV, rows, seen_BV=None, position=0, allowed_V=ALLOWED):
+    rows = rows if isinstance(rows, SamplingRows) else stack(rows)
+    keys_B = token_keys(rows.seed_B2, jnp.full(len(logits_BV), position))
     seen_BV = np.zeros(logits_BV.shape, bool) if seen_BV is None else seen_BV
     token_B, logprob_B = sample(jnp.asarray(logits_BV), keys_B, rows, jnp.asarray(seen_BV), jnp.asarray(allowed_V))
     return np.asarray(token_B), np.asarray(logprob_B)
+
+
+def many(params, count):
+    """The same parameters in `count` rows, with seeds 0, 1, 2, ..."""
+    rows = jax.tree.map(lambda value: jnp.broadcast_to(value, (count, *value.shape)), one_row(params, seed=0))
+    return rows._replace(seed_B2=jnp.stack([jnp.zeros(count, jnp.uint32), jnp.arange(count, dtype=jnp.uint32)], axis=1))
 
 
 def softmax(x):
@@ -90,10 +96,8 @@ def test_filter_logits_keeps_ties_of_the_last_one():
 def test_sample_follows_the_filtered_distribution():
     params = SamplingParams(temperature=1.5, top_k=6, top_p=0.95, min_p=0.01)
     logits_V = np.random.default_rng(0).normal(0, 2, V).astype(np.float32)
-    count = 2048
-    tokens, _ = draw(
-        np.tile(logits_V, (count, 1)), [SamplingParams(**vars(params) | {'seed': i}) for i in range(count)]
-    )
+    count = 8192
+    tokens, _ = draw(np.tile(logits_V, (count, 1)), many(params, count))
     expected = oracle(logits_V, params, np.zeros(V, bool))
     assert expected is not None
     deviation = np.sqrt(expected * (1 - expected) / count)
@@ -101,11 +105,11 @@ def test_sample_follows_the_filtered_distribution():
 
 
 def test_sample_never_takes_a_forbidden_id():
-    count = 2048
+    count = 8192
     logits_BV = np.zeros((count, V), np.float32)
     logits_BV[:, ~ALLOWED] = 50
     for temperature in (0.0, 1.0, 1000.0):
-        tokens, _ = draw(logits_BV, [SamplingParams(temperature=temperature, seed=i) for i in range(count)])
+        tokens, _ = draw(logits_BV, many(SamplingParams(temperature=temperature), count))
         assert ALLOWED[tokens].all()
     assert len(set(tokens.tolist())) == ALLOWED.sum()
 
