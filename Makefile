@@ -16,6 +16,8 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## make .venv with all that development needs
 
+# What was compiled once is kept, for the next start.
+train: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 train: $(INSTALLED) ## train a tiny model on this machine's own Python source, then sample it; again: resume
 	$(BIN)/python -m train --config $(CONFIG) --run-dir $(RUN_DIR)
 	$(BIN)/python -m infer sample --checkpoint $(RUN_DIR) --prompt 'def ' --temperature 0.8 --max-tokens 200

@@ -1,14 +1,11 @@
 """What a checkpoint directory holds, for generation: a training run, or the published Hugging Face layout."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import deepseek_jax as ds
 from deepseek_jax.checkpoint import read_model_file
-from deepseek_jax.names import map_with_names
-from deepseek_jax.precision import compute_dtype
-from deepseek_jax.router import PARAMETER_NAMES as ROUTER_NAMES
+from deepseek_jax.precision import compute_params
 from deepseek_jax.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -34,21 +31,6 @@ def load(directory: str | Path) -> tuple[ds.ModelConfig, dict[str, Any], Tokeniz
             f'checkpoint {str(directory)!r} must hold model.json (a training run) or config.json (Hugging Face layout)'
         )
     return config, compute_params(params, config), tokenizer
-
-
-def compute_params(params: Mapping[str, Any], config: ds.ModelConfig) -> dict[str, Any]:
-    """The parameters with those that are rounded to the compute dtype at every use rounded once and for all.
-
-    Results stay the same to the bit; a bf16 model takes half the memory. Norms and router stay as they are.
-    """
-    dtype = compute_dtype(config.precision)
-
-    def round_once(path: tuple[str, ...], leaf: Any) -> Any:
-        name = path[-1]
-        rounded = name in ('embedding_VD', 'head_DV') or (name.startswith('w_') and name not in ROUTER_NAMES)
-        return leaf.astype(dtype) if rounded else leaf
-
-    return map_with_names(round_once, params)
 
 
 def _file_tokenizer(path: Path) -> Tokenizer:

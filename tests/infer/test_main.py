@@ -204,7 +204,7 @@ def test_batch_of_nothing_writes_nothing(capsys, tmp_path):
         ('{"messages": []}', 'at least one message'),
         ('{"messages": [{"role": "poet", "content": "a"}]}', 'poet'),
         ('{"messages": [{"role": "user"}]}', 'content'),
-        ('{"prompt": "a", "temprature": 1}', "unknown key 'temprature'"),
+        ('{"prompt": "a", "heat": 1}', "unknown key 'heat'"),
         ('{"prompt": "a", "top_k": -3}', 'top_k=-3'),
         ('{"prompt": "a", "temperature": NaN}', 'temperature=nan'),
         ('{"prompt": "a", "id": [1]}', 'id=[1]'),

@@ -1,5 +1,6 @@
 """Notebooks run from top to bottom in a checkout where nothing has been trained yet."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
     (tmp_path / 'notebooks').mkdir()
     monkeypatch.delenv('DEEPSEEK_RUN', raising=False)
     monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
+    # Two steps of training do not repay what optimising their code takes.
+    monkeypatch.setenv('XLA_FLAGS', f'{os.environ["XLA_FLAGS"]} --xla_backend_optimization_level=0')
     return tmp_path
 
 

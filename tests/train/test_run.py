@@ -25,10 +25,11 @@ STEPS = 10
 def start(model, data, optimizer, objective, params) -> Iterator[Callable[..., run.Result | None]]:
     """Starts a run of ten steps in a directory: evaluations every fifth, checkpoints every fourth.
 
-    Initial parameters are given and counted once: else that is most of a short run. test_main.py draws them.
+    What takes most of a short run is not done again: parameters are given and counted once, and only a run with
+    `picture` draws one. test_main.py starts runs with nothing replaced.
     """
 
-    def start(directory: Path, **changes):
+    def start(directory: Path, picture: bool = False, **changes):
         arguments = {
             'model': model,
             'data': data,
@@ -45,7 +46,10 @@ def start(model, data, optimizer, objective, params) -> Iterator[Callable[..., r
             'run_dir': str(directory),
             'config_text': lambda: 'the configuration\n',
         }
-        return run.train(**{**arguments, **changes})
+        with pytest.MonkeyPatch.context() as patch:
+            if not picture:
+                patch.setattr(run.plot, 'plot_run', lambda lines, path: path.touch())
+            return run.train(**{**arguments, **changes})
 
     initial = State(params, make_optimizer(optimizer).init(params))
 
@@ -62,7 +66,7 @@ def start(model, data, optimizer, objective, params) -> Iterator[Callable[..., r
 def whole(start, tmp_path_factory) -> Path:
     """The directory of an uninterrupted run."""
     directory = tmp_path_factory.mktemp('runs') / 'whole'
-    start(directory)
+    start(directory, picture=True)
     return directory
 
 
@@ -191,19 +195,15 @@ def test_lines_of_a_step_are_written_before_its_checkpoint(start, tmp_path, monk
 
 def test_initial_parameters_come_from_another_run(start, whole, tmp_path):
     options = {'total_steps': 1, 'init_from': str(whole), 'checkpoint_every': 1}
-    start(tmp_path / 'fresh', **options)
-    text = (tmp_path / 'fresh' / 'metrics.jsonl').read_bytes()
-    first = json.loads(text.splitlines()[0])
-    lines = read_jsonl(whole / 'metrics.jsonl')
-    assert first['loss'] < lines[0]['loss'] - 0.5, 'it starts where the other one ended'
-    # A directory that was made and no more, and a run that was stopped before its first checkpoint.
-    (tmp_path / 'empty').mkdir()
-    shutil.copytree(tmp_path / 'fresh', tmp_path / 'stopped')
-    for path in (tmp_path / 'stopped' / 'checkpoints').iterdir():
-        shutil.rmtree(path)
-    for name in ('empty', 'stopped'):
-        start(tmp_path / name, **options)
-        assert (tmp_path / name / 'metrics.jsonl').read_bytes() == text, name
+    # A directory that was made and no more; then a run that was stopped before its first checkpoint.
+    (tmp_path / 'run').mkdir()
+    start(tmp_path / 'run', **options)
+    text = (tmp_path / 'run' / 'metrics.jsonl').read_bytes()
+    fresh = read_jsonl(whole / 'metrics.jsonl')[0]
+    assert json.loads(text.splitlines()[0])['loss'] < fresh['loss'] - 0.5, 'it starts where the other one ended'
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '1')
+    start(tmp_path / 'run', **options)
+    assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == text
 
 
 def test_initial_parameters_of_another_model_are_refused(start, whole, tmp_path, model):
