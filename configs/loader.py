@@ -18,6 +18,8 @@ _ERRORS = (ValueError, SyntaxError, ImportError, AttributeError, OSError, Runtim
 # What gin appends to a message: where in an override, during which call, the whole configuration.
 _CONTEXT = re.compile(r'\n\s*In (?:bindings string|call to configurable)| in config string:')
 
+gin.add_config_file_search_path(_FOLDER)
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: one line with the name or value and the rule."""
@@ -29,7 +31,6 @@ def parse(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> None:
     Raises `ConfigError` for a missing file, a name that nothing bears, or a value that does not parse.
     """
     gin.clear_config()
-    gin.add_config_file_search_path(_FOLDER)
     if not pathlib.Path(path).is_file():
         raise ConfigError(f'configuration file {str(path)!r} does not exist')
     # gin logs an error for every folder that it does not find an included file in, before the one that has it.
@@ -57,7 +58,12 @@ def call[Result](function: Callable[..., Result], **arguments: Any) -> Result:
     What the function itself raises passes through. Raises `ConfigError` for an argument that is not configured.
     """
     try:
-        return gin.get_configurable(function)(**arguments)
+        configured = gin.get_configurable(function)
+    except ValueError:
+        name = f'{function.__module__}.{function.__qualname__}'
+        raise ConfigError(f'the configuration binds no argument of {name}') from None
+    try:
+        return configured(**arguments)
     except TypeError as error:
         if 'required keyword-only argument' in str(error):
             raise ConfigError(_one_line(error)) from None

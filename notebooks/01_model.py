@@ -128,8 +128,8 @@ plt.show()
 #
 # It is hardly the loss that keeps them even: its balance term [eq. 17-20] has the weight 0.0001. The router adds a bias
 # $b_i$ to the affinity where it *chooses* experts, not where it weighs them [eq. 16], and after every step the bias of
-# an expert with more tokens than the mean goes down by $\gamma$ = 0.001, that of one with fewer goes up. The right
-# picture shows where that has led: a negative bias marks an expert that the affinities alone would prefer.
+# an expert with more tokens than the mean goes down by $\gamma$ (0.001 in the report), that of one with fewer goes up.
+# The right picture shows where that has led: a negative bias marks an expert that the affinities alone would prefer.
 
 # %%
 load_LE = np.array(evaluations[-1]['expert_load'])

@@ -331,11 +331,10 @@ def _tokenizer_name(data: DataConfig) -> str:
 
 def _check_run_dir(directory: pathlib.Path, model: ds.ModelConfig, tokenizer: str) -> None:
     """A directory to go on with must hold this model and tokenizer; one that holds anything else is left alone."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise ValueError(f'run_dir={str(directory)!r} is a file; name a directory')
-    if not any(directory.iterdir()):
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f'run_dir={str(directory)!r}: {str(nearest)!r} is a file; name a directory')
+    if nearest != directory or not any(directory.iterdir()):
         return
     found, found_tokenizer = run_files.read_model_file(directory)
     for field in dataclasses.fields(model):

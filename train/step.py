@@ -40,7 +40,7 @@ class StepMetrics(NamedTuple):
 def init_state(key: Array, model: ds.ModelConfig, optimizer: OptimizerConfig) -> State:
     """Random parameters and zero moments."""
     params = ds.init(key, model)
-    return State(params, make_optimizer(optimizer).init(params))
+    return State(params, jax.jit(make_optimizer(optimizer).init)(params))
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'optimizer', 'config'), donate_argnums=0)

@@ -33,11 +33,11 @@ from train import sources
 include 'model/tiny.gin'
 include 'train/base.gin'
 
-TOTAL_STEPS = 120
+TOTAL_STEPS = 60
 BATCH_SIZE = 4
 SEQUENCE_LENGTH = 16
-CHECKPOINT_EVERY = 20
-EVAL_EVERY = 50
+CHECKPOINT_EVERY = 10
+EVAL_EVERY = 45
 PRECISION = 'fp32'
 SEED = 0
 

@@ -200,7 +200,9 @@ def test_terms_are_weighted_and_masked(monkeypatch):
 
     monkeypatch.setattr('train.loss.ds.states', states)
     model = changed(mtp_depth=depth, vocab_size=vocab_size, model_dim=width)
-    config = ObjectiveConfig(balance_weight=0.25, rows_per_chunk=4, mtp_weight=Schedule(pieces=(('constant', 9.0, 1.0),)))
+    config = ObjectiveConfig(
+        balance_weight=0.25, rows_per_chunk=4, mtp_weight=Schedule(pieces=(('constant', 9.0, 1.0),))
+    )
     batch = as_batch({'tokens': tokens, 'segments': segments, 'weights': weights})
     total, losses = jax.jit(lambda head_DV: objective({'head_DV': head_DV}, batch, model, config, 0.5))(head)
 

@@ -133,9 +133,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(start, whole, tmp_path, pa
             raise Killed
         return batch(rows, size)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(run.data_lib, 'batch', batch_or_end)
-        start(tmp_path / 'run')
+        with pytest.raises(Killed):
+            start(tmp_path / 'run')
     lines = read_jsonl(tmp_path / 'run' / 'metrics.jsonl')
     assert {path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()} == {'4'}
     assert lines[-1]['step'] == 6, 'lines past the checkpoint are there to be replaced'
