@@ -3,6 +3,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+HOPPER := $(VENV)/hopper
+HOPPER_PINS := tests/pallas_kernels/hopper.txt
 CONFIG := configs/train/tiny_cpu.gin
 RUN_DIR := runs/tiny_cpu
 
@@ -14,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
-setup: $(INSTALLED) ## make .venv with all that development needs
+setup: $(INSTALLED) $(HOPPER)/.installed ## make .venv with all that development needs
 
 # What was compiled once is kept, for the next start.
 train: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
@@ -22,10 +24,10 @@ train: $(INSTALLED) ## train a tiny model on this machine's own Python source, t
 	$(BIN)/python -m train --config $(CONFIG) --run-dir $(RUN_DIR)
 	$(BIN)/python -m infer sample --checkpoint $(RUN_DIR) --prompt 'def ' --temperature 0.8 --max-tokens 200
 
-test: $(INSTALLED) ## run the CPU tests
+test: $(INSTALLED) $(HOPPER)/.installed ## run the CPU tests
 	$(BIN)/python -m pytest -n 2
 
-check: $(INSTALLED) ## formatting, lint, spelling, types, import rules, tests
+check: $(INSTALLED) $(HOPPER)/.installed ## formatting, lint, spelling, types, import rules, tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/codespell
@@ -91,3 +93,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  || { tail -n 30 $(VENV)/install.log >&2; exit 1; }; \
 	touch $@; \
 	echo 'Ready.'
+
+# Training does not need these. pip passes over what is not for this system, and the tests that compile are skipped there.
+$(HOPPER)/.installed: $(HOPPER_PINS) | $(INSTALLED)
+	@echo 'Installing the compiler for Hopper GPUs into $(HOPPER): about 260 MB to download'
+	@rm -rf $(HOPPER) && mkdir -p $(HOPPER)
+	@$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $(HOPPER) -r $(HOPPER_PINS)
+	@touch $@

@@ -30,9 +30,9 @@ def block(
     x_BTD = x_BTD + attention_BTD
     normed_BTD = rms_norm(x_BTD, params['ffn_norm_D'], config.norm_eps)
     if 'moe' not in params:
-        return x_BTD + moe.swiglu(params['ffn'], normed_BTD), cache, None
+        return x_BTD + moe.swiglu(params['ffn'], normed_BTD, config.precision), cache, None
     assert config.moe is not None
-    ffn_BTD, balance = moe.moe(params['moe'], normed_BTD, config.moe)
+    ffn_BTD, balance = moe.moe(params['moe'], normed_BTD, config.moe, config.precision)
     return x_BTD + ffn_BTD, cache, balance
 
 
@@ -55,7 +55,7 @@ def dims(config: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def declare(module: nn.Module, config: ModelConfig, names_: tuple[str, ...], **sizes: int) -> dict[str, Array]:
+def declare(module: nn.Module, config: ModelConfig, names_: tuple[str, ...], **sizes: int) -> dict[str, Any]:
     """Declares parameters of `module` from their names: shape off the letters, initial value off the noun.
 
     Norm scales start at one, biases at zero, weights are normal with `init_std`. `sizes` replaces dimensions.
@@ -81,7 +81,7 @@ class Part(nn.Module):
     sizes: tuple[tuple[str, int], ...] = ()
 
     @nn.compact
-    def __call__(self) -> dict[str, Array]:
+    def __call__(self) -> dict[str, Any]:
         return declare(self, self.config, self.parameter_names, **dict(self.sizes))
 
 
@@ -91,7 +91,7 @@ class Experts(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> dict[str, dict[str, Array]]:
+    def __call__(self) -> dict[str, dict[str, Any]]:
         config = self.config.moe
         assert config is not None
         params = {

@@ -181,13 +181,19 @@ class PrecisionConfig:
 
     Attributes:
       recipe: 'fp32' computes everything in float32; 'bf16' computes linear layers in bfloat16 with float32
-        accumulation and keeps router, norms, softmax and logits in float32. Master weights are float32 in both.
+        accumulation and keeps router, norms, softmax and logits in float32; 'fp8' is 'bf16' with the attention
+        projections, dense FFNs and shared experts in block-scaled float8, forward and backward [3.3]. Master weights
+        and their optimizer are the same in all.
+      power_of_two_scales: round the scales of float8 operands up to powers of two.
     """
 
-    recipe: Literal['fp32', 'bf16'] = 'bf16'
+    recipe: Literal['fp32', 'bf16', 'fp8'] = 'bf16'
+    power_of_two_scales: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.power_of_two_scales and self.recipe != 'fp8':
+            raise ValueError(f"PrecisionConfig.power_of_two_scales=True needs recipe='fp8', not {self.recipe!r}")
 
 
 RematPolicy = Literal['none', 'dots', 'full']

@@ -111,7 +111,7 @@ def _layers(config: ModelConfig) -> Iterator[_Layer]:
 
 
 def load_hf(
-    directory: str | os.PathLike, dtype: Any = jnp.float32, recipe: Literal['fp32', 'bf16'] = 'bf16'
+    directory: str | os.PathLike, dtype: Any = jnp.float32, recipe: Literal['fp32', 'bf16', 'fp8'] = 'bf16'
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """The configuration and parameters of a checkpoint in the published layout (bf16, fp16 or fp32 safetensors).
 

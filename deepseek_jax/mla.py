@@ -6,7 +6,7 @@ decode, where reading C + R values a token costs far less than H * (N + R + U). 
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from deepseek_jax.cache import Cache
 from deepseek_jax.config import MLAConfig, ModelConfig
 from deepseek_jax.norm import rms_norm
 
-Params = Mapping[str, Array]
+Params = Mapping[str, Any]
 
 
 class Attend(NamedTuple):
@@ -55,35 +55,38 @@ def attention(
 
     Without a cache the keys are the tokens of `x_BTD`; with one, they are its slots, these tokens included.
     """
-    q_BTHN, q_rope_BTHR = project_queries(params, x_BTD, attend.rotation, config)
-    latent_BSC, k_rope_BSR = project_latent(params, x_BTD, attend.rotation, config)
+    q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR = project(params, x_BTD, attend.rotation, config)
     if cache is not None:
         cache = cache.write(latent_BSC, k_rope_BSR, attend.positions_BT)
         latent_BSC, k_rope_BSR = cache
     form = _absorbed if absorbed else _expanded
-    out_BTHU = form(params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend.mask_BTS, config.softmax_scale)
-    return ops.einsum('BTHU,HUD->BTD', out_BTHU, params['w_o_HUD']), cache
+    out_BTHU = form(params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend.mask_BTS, config)
+    return ops.linear('BTHU,HUD->BTD', out_BTHU, params['w_o_HUD'], config.precision), cache
 
 
-def project_queries(params: Params, x_BTD: Array, rotation: rope.Rotation, config: ModelConfig) -> tuple[Array, Array]:
-    """Queries `q^C` (B, T, H, N) and rotated `q^R` (B, T, H, R) of each head [eq. 6-9]."""
+def project(
+    params: Params, x_BTD: Array, rotation: rope.Rotation, config: ModelConfig
+) -> tuple[Array, Array, Array, Array]:
+    """What attention is made of [eq. 1, 3, 6-9].
+
+    Queries `q^C` (B, T, H, N) and rotated `q^R` (B, T, H, R) of each head; what the cache keeps: the normalised latent
+    `c^KV` (B, T, C) and the rotated shared key `k^R` (B, T, R).
+    """
+    epsilon, precision = config.mla.latent_norm_eps, config.precision
     if config.mla.query_rank is None:
-        q_BTHN = ops.einsum('BTD,DHN->BTHN', x_BTD, params['w_q_DHN'])
-        q_rope_BTHR = ops.einsum('BTD,DHR->BTHR', x_BTD, params['w_qr_DHR'])
+        weights = [params[name] for name in ('w_q_DHN', 'w_qr_DHR', 'w_dkv_DC', 'w_kr_DR')]
+        q_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR = ops.linears(
+            'BTD,DHN,DHR,DC,DR->BTHN,BTHR,BTC,BTR', x_BTD, weights, precision
+        )
     else:
-        c_BTQ = ops.einsum('BTD,DQ->BTQ', x_BTD, params['w_dq_DQ'])
-        c_BTQ = rms_norm(c_BTQ, params['query_norm_Q'], config.mla.latent_norm_eps)
-        q_BTHN = ops.einsum('BTQ,QHN->BTHN', c_BTQ, params['w_uq_QHN'])
-        q_rope_BTHR = ops.einsum('BTQ,QHR->BTHR', c_BTQ, params['w_qr_QHR'])
-    return q_BTHN, rope.rotate(q_rope_BTHR, rotation.cos[:, :, None], rotation.sin[:, :, None])
-
-
-def project_latent(params: Params, x_BTD: Array, rotation: rope.Rotation, config: ModelConfig) -> tuple[Array, Array]:
-    """What the cache keeps: normalised latent `c^KV` (B, T, C) and rotated shared key `k^R` (B, T, R) [eq. 1, 3]."""
-    latent_BTC = ops.einsum('BTD,DC->BTC', x_BTD, params['w_dkv_DC'])
-    latent_BTC = rms_norm(latent_BTC, params['latent_norm_C'], config.mla.latent_norm_eps)
-    k_rope_BTR = ops.einsum('BTD,DR->BTR', x_BTD, params['w_kr_DR'])
-    return latent_BTC, rope.rotate(k_rope_BTR, rotation.cos, rotation.sin)
+        weights = [params[name] for name in ('w_dq_DQ', 'w_dkv_DC', 'w_kr_DR')]
+        c_BTQ, latent_BTC, k_rope_BTR = ops.linears('BTD,DQ,DC,DR->BTQ,BTC,BTR', x_BTD, weights, precision)
+        c_BTQ = rms_norm(c_BTQ, params['query_norm_Q'], epsilon)
+        weights = [params[name] for name in ('w_uq_QHN', 'w_qr_QHR')]
+        q_BTHN, q_rope_BTHR = ops.linears('BTQ,QHN,QHR->BTHN,BTHR', c_BTQ, weights, precision)
+    q_rope_BTHR = rope.rotate(q_rope_BTHR, rotation.cos[:, :, None], rotation.sin[:, :, None])
+    latent_BTC = rms_norm(latent_BTC, params['latent_norm_C'], epsilon)
+    return q_BTHN, q_rope_BTHR, latent_BTC, rope.rotate(k_rope_BTR, rotation.cos, rotation.sin)
 
 
 def attention_probabilities(
@@ -93,21 +96,21 @@ def attention_probabilities(
     return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min), axis=-1)
 
 
-def _expanded(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, mask_BTS, scale: float):
+def _expanded(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, mask_BTS, config: ModelConfig):
     """Keys and values per head from the latent [eq. 2, 5], then `softmax(q k / sqrt(N + R)) v` [eq. 10]."""
-    k_BSHN = ops.einsum('BSC,CHN->BSHN', latent_BSC, params['w_uk_CHN'])
-    v_BSHU = ops.einsum('BSC,CHU->BSHU', latent_BSC, params['w_uv_CHU'])
+    weights = [params[name] for name in ('w_uk_CHN', 'w_uv_CHU')]
+    k_BSHN, v_BSHU = ops.linears('BSC,CHN,CHU->BSHN,BSHU', latent_BSC, weights, config.precision)
     scores_BHTS = ops.einsum_fp32('BTHN,BSHN->BHTS', q_BTHN, k_BSHN)
     scores_BHTS += ops.einsum_fp32('BTHR,BSR->BHTS', q_rope_BTHR, k_rope_BSR)
-    probabilities_BHTS = attention_probabilities(scores_BHTS * scale, mask_BTS).astype(v_BSHU.dtype)
+    probabilities_BHTS = attention_probabilities(scores_BHTS * config.softmax_scale, mask_BTS).astype(v_BSHU.dtype)
     return ops.einsum('BHTS,BSHU->BTHU', probabilities_BHTS, v_BSHU)
 
 
-def _absorbed(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, mask_BTS, scale: float):
+def _absorbed(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, mask_BTS, config: ModelConfig):
     """`q . (W_uk c) = (W_uk^T q) . c` and `sum_s p_s (W_uv c_s) = W_uv (sum_s p_s c_s)`."""
     q_BTHC = ops.einsum('BTHN,CHN->BTHC', q_BTHN, params['w_uk_CHN'])
     scores_BHTS = ops.einsum_fp32('BTHC,BSC->BHTS', q_BTHC, latent_BSC)
     scores_BHTS += ops.einsum_fp32('BTHR,BSR->BHTS', q_rope_BTHR, k_rope_BSR)
-    probabilities_BHTS = attention_probabilities(scores_BHTS * scale, mask_BTS).astype(latent_BSC.dtype)
+    probabilities_BHTS = attention_probabilities(scores_BHTS * config.softmax_scale, mask_BTS).astype(latent_BSC.dtype)
     out_BTHC = ops.einsum('BHTS,BSC->BTHC', probabilities_BHTS, latent_BSC)
     return ops.einsum('BTHC,CHU->BTHU', out_BTHC, params['w_uv_CHU'])

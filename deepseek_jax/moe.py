@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax import dispatch, ops, router
-from deepseek_jax.config import MoEConfig
+from deepseek_jax.config import MoEConfig, PrecisionConfig
 
 FFN_NAMES = ('w_gate_DF', 'w_up_DF', 'w_down_FD')
 EXPERT_NAMES = ('w_gate_EDF', 'w_up_EDF', 'w_down_EFD')
@@ -25,11 +25,15 @@ class Balance(NamedTuple):
     loss: Float[Array, '*L']
 
 
-def swiglu(params: Mapping[str, Array], x_BTD: Float[Array, '*rows D']) -> Float[Array, '*rows D']:
+def swiglu(
+    params: Mapping[str, Any],
+    x_BTD: Float[Array, '*rows D'],
+    precision: PrecisionConfig,
+) -> Float[Array, '*rows D']:
     """`W_down (silu(W_gate x) * W_up x)`."""
-    hidden = jax.nn.silu(ops.einsum('...D,DF->...F', x_BTD, params['w_gate_DF']))
-    hidden = hidden * ops.einsum('...D,DF->...F', x_BTD, params['w_up_DF'])
-    return ops.einsum('...F,FD->...D', hidden, params['w_down_FD'])
+    weights = (params['w_gate_DF'], params['w_up_DF'])
+    gate_BTF, up_BTF = ops.linears('...D,DF,DF->...F,...F', x_BTD, weights, precision)
+    return ops.linear('...F,FD->...D', jax.nn.silu(gate_BTF) * up_BTF, params['w_down_FD'], precision)
 
 
 def routed_experts(
@@ -45,14 +49,17 @@ def routed_experts(
 
 
 def moe(
-    params: Mapping[str, Any], x_BTD: Float[Array, 'B T D'], config: MoEConfig
+    params: Mapping[str, Any],
+    x_BTD: Float[Array, 'B T D'],
+    config: MoEConfig,
+    precision: PrecisionConfig,
 ) -> tuple[Float[Array, 'B T D'], Balance]:
     """Routed plus shared experts [eq. 12], and how evenly the experts were used."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     routing = router.route(params['router'], x_MD, config)
     y_BTD = routed_experts(params['experts'], x_MD, routing).reshape(x_BTD.shape)
     if config.num_shared_experts:
-        y_BTD = y_BTD + swiglu(params['shared'], x_BTD)
+        y_BTD = y_BTD + swiglu(params['shared'], x_BTD, precision)
     affinity_BTE = routing.affinity_ME.reshape(*x_BTD.shape[:-1], -1)
     return y_BTD, Balance(
         router.expert_load(routing.experts_MK, config.num_experts), router.balance_loss(affinity_BTE, config.top_k)

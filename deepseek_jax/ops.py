@@ -1,18 +1,105 @@
 """The operations that kernels serve: the model's only door to `pallas_kernels`.
 
-Weights are float32 masters; every operation casts them to the dtype of its activations. Products accumulate in
-float32. Float32 activations are multiplied in full precision (no TF32).
+Weights are float32 masters; every operation casts them to the dtype of its activations or, in the linear layers of the
+float8 recipe, quantises them. Products accumulate in float32. Float32 activations are multiplied in full precision
+(no TF32).
 """
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from deepseek_jax.config import PrecisionConfig
+from pallas_kernels.fp8 import BLOCK, Quantized
+from pallas_kernels.linear_fp8.api import QuantizedWeight, linears_fp8
+from pallas_kernels.quantize_fp8.api import quantize_blocks
 
 
-def einsum(equation: str, x: Array, w: Array) -> Array:
-    """A linear layer: the product of activations and a weight, rounded once to the activations' dtype."""
+class QTensor(NamedTuple):
+    """A weight in float8, in blocks of 128x128 of its matrix (K inputs, N outputs), ready for every product.
+
+    It stands in a parameter tree where the weight stood: stacked weights have a leading L axis in every field, and
+    functions over a scanned tree see one layer's. Gradients end here: there is no master.
+
+    Attributes:
+      values: e4m3, in the shape of the weight.
+      scales: float32 (k, n), what the blocks of `values` are to be multiplied by.
+      transposed_values: e4m3 (N, K), the same values, the inputs contiguous.
+      transposed_scales: float32 (n, k).
+      rounded: the weight itself, rounded to the dtype that products outside float8 read; None if they are to make do
+        with `dequantize`.
+    """
+
+    values: Array
+    scales: Array
+    transposed_values: Array
+    transposed_scales: Array
+    rounded: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.values.shape
+
+    def matrices(self) -> QuantizedWeight:
+        """The matrix (K, N) of one layer's weight and its transpose."""
+        values_NK = self.transposed_values
+        natural = Quantized(self.values.reshape(values_NK.shape[::-1]), self.scales)
+        return QuantizedWeight(natural, Quantized(values_NK, self.transposed_scales))
+
+    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Array:
+        """The weight that the values and scales stand for, rounded once to `dtype`: float32 holds it to the last bit."""
+        *stacked, N, K = self.transposed_values.shape
+        scales = jnp.repeat(jnp.repeat(self.scales, BLOCK, axis=-2), BLOCK, axis=-1)[..., :K, :N]
+        values = self.values.reshape(*stacked, K, N).astype(jnp.float32)
+        return (values * scales).astype(dtype).reshape(self.shape)
+
+
+def quantize(w: Float[Array, '*inputs_outputs'], inputs: int, precision: PrecisionConfig) -> QTensor:
+    """One layer's weight in float8; its first `inputs` axes are those that its product contracts."""
+    natural, transposed = quantize_blocks(_matrix(w, inputs), power_of_two=precision.power_of_two_scales)
+    return QTensor(natural.values.reshape(w.shape), natural.scales, transposed.values, transposed.scales)
+
+
+def linear(equation: str, x: Array, w: Array | QTensor, precision: PrecisionConfig) -> Array:
+    """A linear layer of the recipe, rounded once to the activations' dtype.
+
+    `equation` is einsum's, with the contracted letters last in x and first in w: `'BTHU,HUD->BTD'`. Under 'fp8' output
+    and gradients are products of float8 matrices and the backward pass keeps float8 only; a float32 weight's gradient
+    is float32. Under other recipes it is `einsum`.
+    """
+    return linears(equation, x, (w,), precision)[0]
+
+
+def linears(
+    equation: str, x: Array, weights: Sequence[Array | QTensor], precision: PrecisionConfig
+) -> tuple[Array, ...]:
+    """Linear layers of one input, as `linear`: `'BTD,DC,DR->BTC,BTR'`. Under 'fp8' they are one product."""
+    inputs, outputs = equation.split('->')
+    x_letters, *w_letters = inputs.split(',')
+    y_letters = outputs.split(',')
+    if precision.recipe != 'fp8' or x.size == 0:
+        triples = zip(w_letters, y_letters, weights, strict=True)
+        return tuple(einsum(f'{x_letters},{letters}->{y}', x, w) for letters, y, w in triples)
+    contracted = sum(letter not in y_letters[0] for letter in w_letters[0])
+    rows, width = x.shape[:-contracted], math.prod(x.shape[-contracted:])
+    if isinstance(weights[0], QTensor):
+        masters, quantized = None, tuple(w.matrices() for w in weights)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        masters, quantized = tuple(_matrix(w, contracted) for w in weights), None  # pyright: ignore[reportArgumentType]
+    products = linears_fp8(x.reshape(-1, width), masters, quantized, power_of_two=precision.power_of_two_scales)
+    return tuple(y_MN.reshape(*rows, *w.shape[contracted:]) for y_MN, w in zip(products, weights, strict=True))
+
+
+def einsum(equation: str, x: Array, w: Array | QTensor) -> Array:
+    """A product of activations with a weight or with each other, rounded once to the activations' dtype."""
+    if isinstance(w, QTensor):
+        w = w.dequantize(x.dtype) if w.rounded is None else w.rounded
     return jnp.einsum(equation, x, w.astype(x.dtype), precision=_precision(x.dtype))
 
 
@@ -26,6 +113,10 @@ def grouped_matmul(
 ) -> Float[Array, 'J N']:
     """The expert linear layer: row `j`, sorted by expert, times its expert's matrix."""
     return pallas_kernels.grouped_gemm(x_JK, w_EKN.astype(x_JK.dtype), group_sizes_E)
+
+
+def _matrix(w: Array, inputs: int) -> Float[Array, 'K N']:
+    return w.reshape(math.prod(w.shape[:inputs]), -1)
 
 
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:

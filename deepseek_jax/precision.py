@@ -1,32 +1,70 @@
-"""Which number format computes what: master weights are float32, the recipe says what linear layers compute in."""
+"""Which number format computes what [3.3]: master weights are float32, the recipe says what linear layers compute in.
 
-from collections.abc import Mapping
+                                           fp32      bf16      fp8
+  linear layers: attention projections,    fp32      bf16      e4m3, all three products; sums, weight gradients fp32
+    dense FFN, shared experts
+  routed experts                           fp32      bf16      bf16
+  projection into the MTP module           fp32      bf16      bf16
+  attention core, activations, cache       fp32      bf16      bf16
+  norms, softmax, router, logits           fp32      fp32      fp32
+
+The projection into the MTP module is a linear layer, and the report does not except it; the published checkpoints hold
+it in bf16, as they hold everything that float8 does not compute. Decoding moves `w_uk` and `w_uv` into queries and
+outputs, which is part of the attention core: bf16.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from deepseek_jax import router
+from deepseek_jax import names, ops, router
 from deepseek_jax.config import ModelConfig, PrecisionConfig
-from deepseek_jax.names import map_with_names
+from deepseek_jax.ops import QTensor
 
-_COMPUTE_DTYPES = {'fp32': jnp.float32, 'bf16': jnp.bfloat16}
+__all__ = ['QTensor', 'compute_dtype', 'compute_params', 'is_float8']
+
+_COMPUTE_DTYPES = {'fp32': jnp.float32, 'bf16': jnp.bfloat16, 'fp8': jnp.bfloat16}
+_ABSORBED = ('w_uk_CHN', 'w_uv_CHU')
 
 
 def compute_dtype(config: PrecisionConfig) -> jnp.dtype:
-    """The dtype of activations, linear layers and the latent cache."""
+    """The dtype of activations, of the latent cache, and of the linear layers that are not float8."""
     return jnp.dtype(_COMPUTE_DTYPES[config.recipe])
 
 
-def compute_params(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The parameters with those that are rounded to the compute dtype at every use rounded once and for all.
+def is_float8(path: Sequence[str], config: PrecisionConfig) -> bool:
+    """Whether the parameter at this path is the weight of a linear layer that computes in float8."""
+    name = path[-1]
+    return (
+        config.recipe == 'fp8'
+        and name.startswith('w_')
+        and any(part in path for part in ('attention', 'ffn', 'shared'))
+    )
 
-    Results stay the same to the bit; a bf16 model takes half the memory. Norms and router stay as they are.
+
+def compute_params(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The parameters as the model computes with them, rounded once and for all instead of at every use.
+
+    Results stay the same to the bit, and a bf16 model takes half the memory. Norms and router stay as they are. Under
+    'fp8', weights of float8 layers become a `QTensor`; that of `w_uk` and `w_uv` holds the bf16 weight beside, which
+    decoding multiplies.
     """
     dtype = compute_dtype(config.precision)
 
-    def round_once(path: tuple[str, ...], leaf: Any) -> Any:
+    def quantized(path: tuple[str, ...], leaf: Array) -> QTensor:
+        inputs = 2 if path[-1] == 'w_o_HUD' else 1
+        quantize = lambda w: ops.quantize(w, inputs, config.precision)  # noqa: E731
+        weight = jax.lax.map(quantize, leaf) if names.is_stacked(path) else quantize(leaf)
+        return weight._replace(rounded=leaf.astype(dtype)) if path[-1] in _ABSORBED else weight
+
+    def round_once(path: tuple[str, ...], leaf: Array) -> Array | QTensor:
         name = path[-1]
+        if is_float8(path, config.precision):
+            return quantized(path, leaf)
         rounded = name in ('embedding_VD', 'head_DV') or (name.startswith('w_') and name not in router.PARAMETER_NAMES)
         return leaf.astype(dtype) if rounded else leaf
 
-    return map_with_names(round_once, params)
+    return names.map_with_names(round_once, params)

@@ -173,8 +173,7 @@ def look(stack, i, x_BTD, attend, config):
     layer = jax.tree.map(lambda leaf: leaf[i], stack)
     weights = layer['attention']
     normed_BTD = norm.rms_norm(x_BTD, layer['attention_norm_D'], config.norm_eps)
-    q_BTHN, q_rope_BTHR = mla.project_queries(weights, normed_BTD, attend.rotation, config)
-    latent_BSC, k_rope_BSR = mla.project_latent(weights, normed_BTD, attend.rotation, config)
+    q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR = mla.project(weights, normed_BTD, attend.rotation, config)
     k_BSHN = ops.einsum('BSC,CHN->BSHN', latent_BSC, weights['w_uk_CHN'])
     scores_BHTS = ops.einsum_fp32('BTHN,BSHN->BHTS', q_BTHN, k_BSHN)
     scores_BHTS += ops.einsum_fp32('BTHR,BSR->BHTS', q_rope_BTHR, k_rope_BSR)

@@ -5,6 +5,35 @@ which runs on every backend and says where it rounds. An implementation is chose
 by name and cannot serve its input raises, it never falls back.
 """
 
+from pallas_kernels.fp8 import Quantized
+from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
 from pallas_kernels.grouped_gemm.api import grouped_gemm
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.linear_fp8.api import QuantizedWeight, linear_fp8, linears_fp8
+from pallas_kernels.quantize_fp8.api import (
+    E5M6,
+    dequantize_e5m6,
+    quantize_blocks,
+    quantize_columns,
+    quantize_e5m6,
+    quantize_rows,
+    quantize_rows_and_columns,
+)
 
-__all__ = ['grouped_gemm']
+__all__ = [
+    'E5M6',
+    'Implementation',
+    'Quantized',
+    'QuantizedWeight',
+    'dequantize_e5m6',
+    'gemm_fp8',
+    'grouped_gemm',
+    'linear_fp8',
+    'linears_fp8',
+    'quantize_blocks',
+    'quantize_columns',
+    'quantize_e5m6',
+    'quantize_rows',
+    'quantize_rows_and_columns',
+    'wgrad_fp8',
+]

@@ -1,0 +1,38 @@
+"""Block-scaled float8: what the operations hand to each other.
+
+Letters of this package: `M` rows (tokens), `K` contracted dimension, `N` columns; the small letter counts blocks of 128
+of the same dimension, the last of which may be partial: `k = ceil(K / 128)`. `P` is M rounded up to a multiple of 4,
+`Q` M rounded up to a multiple of 128.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+BLOCK = 128
+E4M3 = jnp.float8_e4m3fn
+E4M3_MAX = 448.0
+
+
+class Quantized(NamedTuple):
+    """A matrix as float8 values and the float32 scales they are to be multiplied by.
+
+    Attributes:
+      values: e4m3. The contracted dimension is the last one (contiguous), as the tensor cores read it.
+      scales: one a tile of `values`. Tiles of 1x128 (one row, 128 contracted values): (contracted blocks, rows), so that
+        the scales of neighbouring rows are contiguous; rows are rounded up to a multiple of 4, the copy engine's
+        alignment. Blocks of 128x128: (row blocks, contracted blocks).
+    """
+
+    values: Float[Array, 'rows contracted']
+    scales: Float32[Array, 'a b']
+
+
+def blocks(size: int) -> int:
+    """Number of blocks of 128 that cover `size`."""
+    return -(-size // BLOCK)
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

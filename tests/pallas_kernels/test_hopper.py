@@ -1,0 +1,138 @@
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from tests.pallas_kernels.hopper import compile_for_h100, needs_hopper_tools, read_dump
+
+SIZE = 128
+ARGUMENT = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.bfloat16)
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def chain(x_gmem, y_gmem, *, accumulators: int):
+    """Adds up products whose accumulators all hold registers of one warpgroup at the same time, 64 a thread each."""
+
+    def body(x_smem, barrier):
+        plgpu.copy_gmem_to_smem(x_gmem, x_smem, barrier)
+        plgpu.barrier_wait(barrier)
+
+        def step(index, total):
+            def multiply(*accs):
+                for acc in accs:
+                    plgpu.wgmma(acc, x_smem.at[pl.ds(64 * index, 64)], x_smem)
+                return [acc[...] for acc in accs]
+
+            return sum(pl.run_scoped(multiply, *[plgpu.ACC((64, SIZE), jnp.float32)] * accumulators), total)
+
+        zeros = plgpu.layout_cast(jnp.zeros((64, SIZE), jnp.float32), plgpu.Layout.WGMMA)
+        y_gmem[...] = jax.lax.fori_loop(0, 2, step, zeros)
+
+    pl.run_scoped(body, plgpu.SMEM((SIZE, SIZE), jnp.bfloat16, transforms=SWIZZLED), plgpu.Barrier())
+
+
+def kernel(x, accumulators: int):
+    body = functools.partial(chain, accumulators=accumulators)
+    return plgpu.kernel(body, out_type=jax.ShapeDtypeStruct((64, SIZE), jnp.float32), kernel_name='chain')(x)
+
+
+@functools.cache
+def kernel_report(accumulators: int):
+    report = compile_for_h100(functools.partial(kernel, accumulators=accumulators), ARGUMENT)
+    assert list(report.kernels) == ['chain']
+    return report
+
+
+@needs_hopper_tools
+def test_a_sound_kernel_has_no_problems():
+    report = kernel_report(accumulators=1)
+    kernel = report.kernels['chain']
+    assert report.problems() == []
+    assert kernel.instructions_in_full['HGMMA.64x128x16.F32.BF16'] == 8, 'one a slice of 16 along K, in a loop'
+    assert report.instructions['HGMMA'] == 8
+    assert report.instructions['QGMMA'] == 0
+    assert 64 < kernel.registers < 255
+    assert SIZE * SIZE * 2 < kernel.shared_bytes < SIZE * SIZE * 2 + 1024
+
+
+@needs_hopper_tools
+def test_products_that_wait_for_each_other_are_reported():
+    report = kernel_report(accumulators=2)
+    kernel = report.kernels['chain']
+    assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
+    assert any('C7519' in warning for warning in kernel.serialized_warnings)
+    assert report.problems()
+
+
+@needs_hopper_tools
+def test_spills_are_reported():
+    report = kernel_report(accumulators=5)
+    kernel = report.kernels['chain']
+    assert kernel.registers == 255
+    assert kernel.spill_stores > 0
+    assert kernel.spill_loads > 0
+    assert kernel.stack_bytes > 0
+    assert kernel.instructions['STL'] > 0
+    assert kernel.instructions['LDL'] > 0
+    assert kernel.serialized_warnings
+    assert any('spills' in problem for problem in report.problems())
+
+
+@needs_hopper_tools
+def test_kernels_of_one_name_are_told_apart():
+    def two(x):
+        return [kernel(x, accumulators=count) for count in (1, 2)]
+
+    report = compile_for_h100(two, ARGUMENT)
+    assert set(report.kernels) == {'chain', 'chain#2'}
+    assert sorted(bool(one.problems()) for one in report.kernels.values()) == [False, True]
+
+
+@needs_hopper_tools
+def test_a_program_that_does_not_compile_raises():
+    with pytest.raises(RuntimeError, match='No FFI handler registered for nowhere'):
+        compile_for_h100(jax.ffi.ffi_call('nowhere', ARGUMENT), ARGUMENT)
+
+
+def test_the_plugin_is_pinned_to_the_version_of_jax():
+    root = Path(__file__).resolve().parents[2]
+    (jax_pin,) = re.findall(r'^jax==(.+)$', (root / 'constraints.txt').read_text(), re.MULTILINE)
+    pins = re.findall(
+        r'^jax-cuda13-\w+==([^;]+);', (root / 'tests/pallas_kernels/hopper.txt').read_text(), re.MULTILINE
+    )
+    assert pins == [jax_pin] * 2
+
+
+def test_a_dump_is_read(tmp_path):
+    (tmp_path / 'gemm_3.ptxas').write_text(
+        'ptxas info    : 0 bytes gmem\n'
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in 'gemm'\n"
+        "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum requirement\n"
+        "ptxas info    : Compiling entry function 'gemm' for 'sm_90a'\n"
+        'ptxas info    : Function properties for gemm\n'
+        '    24 bytes stack frame, 32 bytes spill stores, 28 bytes spill loads\n'
+        'ptxas info    : Used 168 registers, used 16 barriers, 24 bytes stack, 8 bytes smem\n'
+        "ptxas warning : Registers are spilled to local memory in function 'gemm', 32 bytes spill stores\n"
+        'ptxas info    : Compile time = 96.244 ms\n'
+    )
+    (tmp_path / 'gemm_3.sass_ctrl').write_text(
+        '   -:-:-:Y:02        /*0760*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR16], RZ, !UPT\n'
+        '   -:-:-:-:12        /*0770*/             @!UP0 STL.64 [R1], R2 \n'
+        '   -:-:-:-:12        /*0780*/              @!PT LDL R88, [R1] \n'
+    )
+    (tmp_path / 'gemm_3.mlir-passes.log').write_text(
+        '%1 = llvm.mlir.constant(7 : i32) : i32\n gpu.launch_func @gemm dynamic_shared_memory_size %1 args\n'
+        '%11 = llvm.mlir.constant(9 : i32) : i32\n%1 = llvm.mlir.constant(240000 : i32) : i32\n'
+        ' gpu.launch_func @gemm blocks in (%11) : i64 dynamic_shared_memory_size %1 args\n%1 = arith.constant 5 : i32\n'
+    )
+    kernel = read_dump(tmp_path / 'gemm_3.ptxas')
+    assert (kernel.registers, kernel.spill_stores, kernel.spill_loads, kernel.stack_bytes) == (168, 32, 28, 24)
+    assert kernel.shared_bytes == 240_008
+    assert [len(kernel.serialized_warnings), len(kernel.warnings)] == [1, 1]
+    assert kernel.instructions == {'QGMMA': 1, 'STL': 1, 'LDL': 1}
+    assert len(kernel.problems()) == 5
