@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument('ops', nargs='*', metavar='OP', help=', '.join(OPS))
     parser.add_argument('--quick', action='store_true', help='few shapes')
+    parser.add_argument('--rows', type=int, nargs='+', metavar='M', help='only shapes with these numbers of rows')
     parser.add_argument('--output', type=pathlib.Path, metavar='FILE.json', help='write the rows, device and versions')
     parser.add_argument('--timing', choices=timing.METHODS, help='see timing.py; kernels where CUPTI serves')
     parser.add_argument('--plot', type=pathlib.Path, metavar='FILE.png', help='draw the roofline')
@@ -78,24 +79,29 @@ def main(arguments: list[str]) -> int:
     for op in OPS:
         if options.ops and op not in options.ops:
             continue
-        for measure in _measurements(op, options.quick, clock):
+        for measure in _measurements(op, options.quick, options.rows, clock):
             rows.append(row := measure())
             peers.free()
-            print(report.line(cases.with_share(row, ceilings.including(rows))), flush=True)
+            known = ceilings.including(rows)
+            print(report.line(cases.with_share(row, known)), flush=True)
+            if options.output:  # after every row: a run that is cut short keeps what it measured
+                measured = [cases.with_share(row, known) for row in rows]
+                command = ' '.join(['python -m pallas_kernels.bench', *arguments])
+                report.write_json(
+                    options.output, measured, known, machine=machine, command=command, timing=clock.method
+                )
     ceilings = ceilings.including(rows)
     rows = [cases.with_share(row, ceilings) for row in rows]
-    if options.output:
-        command = ' '.join(['python -m pallas_kernels.bench', *arguments])
-        report.write_json(options.output, rows, ceilings, machine=machine, command=command, timing=clock.method)
     if options.plot:
         roofline.plot(options.plot, rows, ceilings, machine['device'])
     return int(any(row.failure for row in rows))
 
 
-def _measurements(op: str, quick: bool, clock: timing.Clock) -> list[Callable[[], cases.Row]]:
+def _measurements(op: str, quick: bool, rows: list[int] | None, clock: timing.Clock) -> list[Callable[[], cases.Row]]:
     if op == 'accumulation':
         return [accumulation.measure]
-    return [functools.partial(cases.measure, case, clock) for case in CASES[op](quick)]
+    chosen = [case for case in CASES[op](quick) if not rows or next(iter(case.shape.values())) in rows]
+    return [functools.partial(cases.measure, case, clock) for case in chosen]
 
 
 def _search(arguments: list[str]) -> int:

@@ -185,12 +185,12 @@ def _gemm(
                             rhs_tile = rhs_smem.at[slot, pl.ds(wg_column, config.wg_columns)]
                             plgpu.wgmma(partial_ref, lhs_smem.at[slot, wg_rows], rhs_tile.T)
                             scalars = () if per_column else tuple(weight_scales(block))
-                            new = promote(block - 1, *before, 1, totals) if before else totals
+                            new = promote(block - 1, before[0], before[1], 1, totals) if before else totals
                             if index + 1 < length:
                                 return link(index + 1, (partial_ref, scalars), new)
                             return promote(block, partial_ref, scalars, 0, new)
 
-                        return pl.run_scoped(scope, plgpu.ACC((WAVE, config.wg_columns), jnp.float32))
+                        return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((WAVE, config.wg_columns), jnp.float32))
 
                     return link(0, None, totals)
 
@@ -255,8 +255,8 @@ def _promote(total: Array, partial: Array, row_scale: Array, column_scale: Array
     return total + scaled * lax.broadcast_in_dim(row_scale, partial.shape, [0])
 
 
-def _swizzled(columns: int, dtype: jnp.dtype = E4M3) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+def _swizzled(columns: int, dtype: DTypeLike = E4M3) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """Shared-memory layout of a tile whose rows are `columns` wide: free of bank conflicts, as wgmma and TMA take it."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)  # pyright: ignore

@@ -10,6 +10,7 @@ import pallas_kernels as pk
 from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
 from pallas_kernels.gemm_fp8 import sm90, tuned
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
+from pallas_kernels.implementation import choose
 from tests.pallas_kernels.hopper import compile_for_h100, needs_hopper_tools
 
 SIMILARITY = 1e-3
@@ -103,7 +104,7 @@ def test_output_type_accumulator_and_implementation_are_checked():
     with pytest.raises(ValueError, match='must be bfloat16 or float32'):
         pk.gemm_fp8(lhs, rhs, out_dtype=jnp.float16)
     with pytest.raises(ValueError, match=r"implementation='cuda' is unknown"):
-        pk.gemm_fp8(lhs, rhs, implementation='cuda')  # pyright: ignore
+        choose('gemm_fp8', 'cuda', lambda: None)
     with pytest.raises(ValueError, match=r'accumulator is float32\(64, 64\), it must be float32\(64, 128\)'):
         pk.wgrad_fp8(lhs, rows(1, 128, 256), jnp.zeros((64, 64)))
 
