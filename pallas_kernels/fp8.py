@@ -1,8 +1,8 @@
 """Block-scaled float8: what the operations hand to each other.
 
 Letters of this package: `M` rows (tokens), `K` contracted dimension, `N` columns; the small letter counts blocks of 128
-of the same dimension, the last of which may be partial: `k = ceil(K / 128)`. `P` is M rounded up to a multiple of 4,
-`Q` M rounded up to a multiple of 128.
+of the same dimension, the last of which may be partial: `k = ceil(K / 128)`. `Q` is M rounded up to a
+multiple of 128.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ class Quantized(NamedTuple):
     Attributes:
       values: e4m3. The contracted dimension is the last one (contiguous), as the tensor cores read it.
       scales: one a tile of `values`. Tiles of 1x128 (one row, 128 contracted values): (contracted blocks, rows), so that
-        the scales of neighbouring rows are contiguous; rows are rounded up to a multiple of 4, the copy engine's
-        alignment. Blocks of 128x128: (row blocks, contracted blocks).
+        the scales of neighbouring rows are contiguous; rows are rounded up to a multiple of 128, since copies out
+        of shared memory in one dimension are not clipped. Blocks of 128x128: (row blocks, contracted blocks).
     """
 
     values: Float[Array, 'rows contracted']

@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_kernels.bench import peers
 from pallas_kernels.bench.cases import Row, first_line
-from pallas_kernels.fp8 import Quantized, blocks
+from pallas_kernels.fp8 import BLOCK, Quantized, blocks, round_up
 from pallas_kernels.gemm_fp8.api import gemm_fp8
 
 ROWS, COLUMNS, DEPTH = 256, 256, 16384
@@ -27,7 +27,7 @@ def measure() -> Row:
         lhs, rhs = (positive(key, rows) for key, rows in zip(keys, (ROWS, COLUMNS), strict=True))
         exact = np.asarray(lhs, np.float64) @ np.asarray(rhs, np.float64).T
         ones = (
-            Quantized(lhs, jnp.ones((blocks(DEPTH), ROWS))),
+            Quantized(lhs, jnp.ones((blocks(DEPTH), round_up(ROWS, BLOCK)))),
             Quantized(rhs, jnp.ones((blocks(COLUMNS), blocks(DEPTH)))),
         )
         ours = gemm_fp8(*ones, out_dtype=jnp.dtype(jnp.float32), implementation='pallas')

@@ -46,6 +46,6 @@ def case(name: str, m: int, n: int, k: int) -> Case:
 def operands(key: jax.Array, m: int, n: int, k: int) -> tuple[Quantized, Quantized]:
     """Random rows in tiles of 1x128, and a random weight in blocks of 128x128."""
     keys = jax.random.split(key, 4)
-    lhs = Quantized(random_values(keys[0], m, k), random_scales(keys[1], blocks(k), round_up(m, 4)))
+    lhs = Quantized(random_values(keys[0], m, k), random_scales(keys[1], blocks(k), round_up(m, BLOCK)))
     rhs = Quantized(random_values(keys[2], n, k), random_scales(keys[3], blocks(n), blocks(k)))
     return lhs, rhs

@@ -25,7 +25,7 @@ def gemm_fp8(
     """Returns `lhs @ rhs.T`: a linear layer's output (fprop) or its input's gradient (dgrad).
 
     Args:
-      lhs: values (M, K) with scales (k, P) of 1x128 tiles: activations or their gradients.
+      lhs: values (M, K) with scales (k, Q) of 1x128 tiles: activations or their gradients.
       rhs: values (N, K) with scales (n, k) of 128x128 blocks: a weight, contracted dimension last.
       out_dtype: bfloat16 or float32; rounded once from the float32 sum.
       implementation: None takes the Hopper kernel on a Hopper GPU and the reference elsewhere.
@@ -53,15 +53,15 @@ def wgrad_fp8(
     """Returns `lhs @ rhs.T`, plus the accumulator: a weight's gradient, contracted over tokens.
 
     Args:
-      lhs: values (M, K) with scales (k, P) of 1x128 tiles, K tokens last: a linear layer's input, transposed.
-      rhs: values (N, K) with scales (k, P) of 1x128 tiles: the output's gradient, transposed.
+      lhs: values (M, K) with scales (k, Q) of 1x128 tiles, K tokens last: a linear layer's input, transposed.
+      rhs: values (N, K) with scales (k, Q) of 1x128 tiles: the output's gradient, transposed.
       accumulator_MN: a gradient to add to; its buffer is reused when the caller donates it.
       implementation: as in `gemm_fp8`.
 
     Raises:
       ValueError, NotImplementedError: as in `gemm_fp8`; M must be a multiple of 64, too.
     """
-    _check('wgrad_fp8', lhs, rhs, rhs_scales=(blocks(rhs.values.shape[1]), round_up(rhs.values.shape[0], 4)))
+    _check('wgrad_fp8', lhs, rhs, rhs_scales=(blocks(rhs.values.shape[1]), round_up(rhs.values.shape[0], BLOCK)))
     shape = (lhs.values.shape[0], rhs.values.shape[0])
     if accumulator_MN is not None and (accumulator_MN.shape, accumulator_MN.dtype) != (shape, jnp.float32):
         raise ValueError(
@@ -93,7 +93,7 @@ def _check(operation: str, lhs: Quantized, rhs: Quantized, rhs_scales: tuple[int
     if lhs.values.shape[1] != rhs.values.shape[1]:
         raise ValueError(f'{operation}: lhs {lhs.values.shape} and rhs {rhs.values.shape} must have the same width')
     rows, width = lhs.values.shape
-    for side, x, shape in (('lhs', lhs, (blocks(width), round_up(rows, 4))), ('rhs', rhs, rhs_scales)):
+    for side, x, shape in (('lhs', lhs, (blocks(width), round_up(rows, BLOCK))), ('rhs', rhs, rhs_scales)):
         if x.scales.shape != shape:
             raise ValueError(
                 f'{operation}: {side} scales have shape {x.scales.shape}, values of shape {x.values.shape} '

@@ -14,7 +14,7 @@ from pallas_kernels.fp8 import BLOCK, Quantized
 
 
 def gemm_fp8(lhs: Quantized, rhs: Quantized, out_dtype: DTypeLike) -> Float[Array, 'M N']:
-    """`lhs @ rhs.T`; scales of 1x128 tiles (k, P) on the left, of 128x128 blocks (n, k) on the right."""
+    """`lhs @ rhs.T`; scales of 1x128 tiles (k, Q) on the left, of 128x128 blocks (n, k) on the right."""
     rhs_NK = rhs.values.astype(jnp.float32) * _spread(
         _spread(rhs.scales, 0, rhs.values.shape[0]), 1, rhs.values.shape[1]
     )

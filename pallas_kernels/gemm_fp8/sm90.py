@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
+from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks
 from pallas_kernels.gemm_fp8 import tuned
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
 from pallas_kernels.implementation import hopper_cores
@@ -43,8 +43,7 @@ def gemm_fp8(
     # Shared memory is tiled by 8 rows, which tensor maps must divide evenly: an odd M is padded, copied and cut again.
     extra = -m % 8
     if extra:
-        scales = jnp.pad(lhs.scales, ((0, 0), (0, round_up(m + extra, 4) - lhs.scales.shape[1])))
-        lhs = Quantized(jnp.pad(lhs.values, ((0, extra), (0, 0))), scales)
+        lhs = lhs._replace(values=jnp.pad(lhs.values, ((0, extra), (0, 0))))
     out_MN = _gemm(lhs, rhs, None, out_dtype, config, per_column=False, interpret=interpret)
     return out_MN[:m] if extra else out_MN
 

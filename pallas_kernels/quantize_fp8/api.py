@@ -25,7 +25,7 @@ def quantize_rows(
 ) -> Quantized:
     """Returns x in tiles of one row and 128 values of K: values (M, K), scales (k, P).
 
-    P is M rounded up to a multiple of 4; the scales of the rows past M are those of zeros.
+    Q is M rounded up to a multiple of 128; the scales of the rows past M are those of zeros.
 
     Args:
       x_MK: bfloat16 or float32.
@@ -48,7 +48,7 @@ def quantize_columns(
     """Returns the transpose of x in tiles of one channel and 128 rows: values (K, Q), scales (m, K).
 
     Q is M rounded up to a multiple of 128; the values past M are zeros. Rows of this matrix are the channels, and its
-    contracted dimension is that of tokens. The scales have K rounded up to a multiple of 4 columns. Arguments and
+    contracted dimension is that of tokens. The scales have K rounded up to a multiple of 128 columns. Arguments and
     errors are those of `quantize_rows`.
     """
     _check('quantize_columns', x_MK)

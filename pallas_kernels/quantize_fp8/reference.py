@@ -37,12 +37,12 @@ class E5M6(NamedTuple):
     Attributes:
       high_MK: sign, exponent and the upper 2 mantissa bits.
       low_Mh: the lower 4 mantissa bits of two values.
-      scales_kP: float32 powers of two; P is M rounded up to a multiple of 4.
+      scales_kQ: float32 powers of two; Q is M rounded up to a multiple of 128.
     """
 
     high_MK: UInt8[Array, 'M K']
     low_Mh: UInt8[Array, 'M h']
-    scales_kP: Float32[Array, 'k P']
+    scales_kQ: Float32[Array, 'k Q']
 
 
 def scale_and_multiplier(amax: Array, power_of_two: bool) -> tuple[Array, Array]:
@@ -99,7 +99,7 @@ def e5m6_bytes(first: Array, second: Array) -> tuple[Array, Array, Array]:
 def quantize_rows(x_MK: Array, power_of_two: bool) -> Quantized:
     """Tiles of one row and 128 of K; the rows that pad the scales are those of a matrix of zeros."""
     M, K = x_MK.shape
-    tiles_Mk128 = _tiles(x_MK, round_up(M, 4))
+    tiles_Mk128 = _tiles(x_MK, round_up(M, BLOCK))
     scales_Mk, multiplier_Mk = scale_and_multiplier(_amax(tiles_Mk128, axis=2), power_of_two)
     values = (tiles_Mk128 * multiplier_Mk[:, :, None]).astype(E4M3)
     return Quantized(values.reshape(values.shape[0], -1)[:M, :K], scales_Mk.T)
@@ -127,7 +127,7 @@ def quantize_blocks(w_KN: Array, power_of_two: bool) -> tuple[Quantized, Quantiz
 
 def quantize_e5m6(x_MK: Array) -> E5M6:
     M, K = x_MK.shape
-    tiles_Mk128 = _tiles(x_MK, round_up(M, 4))
+    tiles_Mk128 = _tiles(x_MK, round_up(M, BLOCK))
     scales_Mk, multiplier_Mk = e5m6_scale_and_multiplier(_amax(tiles_Mk128, axis=2))
     half = e5m6_round(tiles_Mk128 * multiplier_Mk[:, :, None])[:M]
     first, second, low = e5m6_bytes(half[..., : BLOCK // 2], half[..., BLOCK // 2 :])
@@ -141,7 +141,7 @@ def dequantize_e5m6(packed: E5M6, dtype: jax.typing.DTypeLike) -> Float[Array, '
     low_MK = jnp.concatenate([low & 15, low >> 4], axis=2).reshape(M, K)
     half_MK = (packed.high_MK.astype(jnp.uint16) << 8) | (low_MK.astype(jnp.uint16) << 4)
     values_MK = jax.lax.bitcast_convert_type(half_MK, jnp.float16).astype(jnp.float32)
-    return (values_MK * jnp.repeat(packed.scales_kP.T[:M], BLOCK, axis=1)).astype(dtype)
+    return (values_MK * jnp.repeat(packed.scales_kQ.T[:M], BLOCK, axis=1)).astype(dtype)
 
 
 def _power_of_two(amax: Array, floor: float, exponent: int, mantissa: int) -> tuple[Array, Array]:

@@ -142,12 +142,15 @@ def _walk(
     cores = cores or hopper_cores()
     if cores is None:
         raise ValueError(f'{cores=}: the call is not compiled for a Hopper GPU, its multiprocessors must be given')
-    if config.rows % (CHUNK * config.warpgroups):
-        raise ValueError(f'{config=}: each warpgroup must have the same number of times {CHUNK} rows')
+    if config.rows % (CHUNK * config.warpgroups) or BLOCK % config.rows:
+        raise ValueError(
+            f'{config=}: each warpgroup must have the same number of times {CHUNK} rows, and tiles must divide {BLOCK} rows'
+        )
     passes = [maker(x_MK, config=config) for maker in makers]
     M, K = x_MK.shape
     tiles_across = blocks(K)
-    tiles = -(-M // config.rows) * tiles_across
+    # Tiles cover whole blocks of rows: the scales of the rows past M are written, too.
+    tiles = round_up(M, BLOCK) // config.rows * tiles_across
     thread_blocks = min(tiles, cores * config.blocks)
     parts_each = config.rows // CHUNK // config.warpgroups
     outs = [out for one in passes for out in one.outs]
@@ -258,7 +261,7 @@ def _rows(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> _Pass:
         return stores
 
     return _Pass(
-        outs=[_struct((M, K), E4M3), _struct((blocks(K), round_up(M, 4)), jnp.float32)],
+        outs=[_struct((M, K), E4M3), _struct((blocks(K), round_up(M, BLOCK)), jnp.float32)],
         smem=[_struct((CHUNKS, config.rows, CHUNK), E4M3), _struct((config.rows,), jnp.float32)],
         run=run,
     )
@@ -286,7 +289,7 @@ def _columns(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> _Pas
         return stores
 
     return _Pass(
-        outs=[_struct((K, round_up(M, BLOCK)), E4M3), _struct((blocks(M), K), jnp.float32)],
+        outs=[_struct((K, round_up(M, BLOCK)), E4M3), _struct((blocks(M), round_up(K, BLOCK)), jnp.float32)],
         smem=[_struct((BLOCK, BLOCK), E4M3), _struct((BLOCK,), jnp.float32)],
         run=run,
     )
@@ -382,7 +385,7 @@ def _e5m6(x_MK: Array, *, config: QuantizeConfig) -> _Pass:
         outs=[
             _struct((M, K), jnp.uint8),
             _struct((M, K // 2), jnp.uint8),
-            _struct((blocks(K), round_up(M, 4)), jnp.float32),
+            _struct((blocks(K), round_up(M, BLOCK)), jnp.float32),
         ],
         smem=[
             _struct((CHUNKS, config.rows, CHUNK), jnp.uint8),

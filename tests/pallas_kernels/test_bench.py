@@ -101,7 +101,7 @@ def test_a_product_counts_operations_and_bytes():
     case = gemm_fp8.case('fprop', 6, 256, 384)
     assert case.flops == 2 * 6 * 256 * 384
     values = 6 * 384 + 256 * 384 + 2 * 6 * 256
-    scales = 4 * (3 * 8 + 2 * 3)
+    scales = 4 * (3 * 128 + 2 * 3)
     assert case.moved_bytes() == values + scales
     wgrad = wgrad_fp8.case(256, 128, 512)
     assert wgrad.moved_bytes() == (256 + 128) * 512 + 4 * 4 * (256 + 128) + 4 * 256 * 128

@@ -30,8 +30,8 @@ INPUTS = {
 def rows(seed: int, m: int, k: int) -> Quantized:
     """A matrix with scales of 1x128 tiles, the padding of the scales poisoned."""
     values, scales = jax.random.split(jax.random.key(seed))
-    scales_kP = jax.random.uniform(scales, (blocks(k), round_up(m, 4)), minval=0.5)
-    return Quantized(_e4m3(values, (m, k)), scales_kP.at[:, m:].set(jnp.nan))
+    scales_kQ = jax.random.uniform(scales, (blocks(k), round_up(m, BLOCK)), minval=0.5)
+    return Quantized(_e4m3(values, (m, k)), scales_kQ.at[:, m:].set(jnp.nan))
 
 
 def weight(seed: int, n: int, k: int) -> Quantized:
@@ -88,7 +88,7 @@ def test_wgrad_reference_adds_the_float64_product():
         (lambda a, b: (a._replace(values=a.values.astype(jnp.bfloat16)), b), 'lhs is bfloat16 with float32 scales'),
         (lambda a, b: (a, b._replace(scales=b.scales.astype(jnp.bfloat16))), 'rhs is float8_e4m3fn with bfloat16'),
         (lambda a, b: (a._replace(values=a.values[:, :128]), b), r'lhs \(64, 128\) and rhs \(128, 256\) must have'),
-        (lambda a, b: (a._replace(scales=a.scales.T), b), r'lhs scales have shape \(64, 2\).*need \(2, 64\)'),
+        (lambda a, b: (a._replace(scales=a.scales.T), b), r'lhs scales have shape \(128, 2\).*need \(2, 128\)'),
         (lambda a, b: (a, b._replace(scales=b.scales[:, :1])), r'rhs scales have shape \(1, 1\).*need \(1, 2\)'),
         (lambda a, b: (a._replace(values=a.values[:0]), b), r'lhs values have shape \(0, 256\)'),
     ],
@@ -165,7 +165,9 @@ def test_interpreted_wgrad_equals_the_reference(capfd, monkeypatch):
 
 
 def rows_shape(m: int, k: int) -> Quantized:
-    return Quantized(jax.ShapeDtypeStruct((m, k), E4M3), jax.ShapeDtypeStruct((blocks(k), round_up(m, 4)), jnp.float32))
+    return Quantized(
+        jax.ShapeDtypeStruct((m, k), E4M3), jax.ShapeDtypeStruct((blocks(k), round_up(m, BLOCK)), jnp.float32)
+    )
 
 
 def weight_shape(n: int, k: int) -> Quantized:
