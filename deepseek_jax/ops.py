@@ -15,9 +15,8 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from deepseek_jax.config import PrecisionConfig
-from pallas_kernels.fp8 import BLOCK, Quantized
-from pallas_kernels.linear_fp8.api import QuantizedWeight, linears_fp8
-from pallas_kernels.quantize_fp8.api import quantize_blocks
+from pallas_kernels import Quantized, QuantizedWeight, linears_fp8, quantize_blocks
+from pallas_kernels.fp8 import dequantize_blocks
 
 
 class QTensor(NamedTuple):
@@ -55,9 +54,8 @@ class QTensor(NamedTuple):
     def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Array:
         """The weight that the values and scales stand for, rounded once to `dtype`: float32 holds it to the last bit."""
         *stacked, N, K = self.transposed_values.shape
-        scales = jnp.repeat(jnp.repeat(self.scales, BLOCK, axis=-2), BLOCK, axis=-1)[..., :K, :N]
-        values = self.values.reshape(*stacked, K, N).astype(jnp.float32)
-        return (values * scales).astype(dtype).reshape(self.shape)
+        weight = dequantize_blocks(self.values.reshape(*stacked, K, N), self.scales)
+        return weight.astype(dtype).reshape(self.shape)
 
 
 def quantize(w: Float[Array, '*inputs_outputs'], inputs: int, precision: PrecisionConfig) -> QTensor:

@@ -1,8 +1,7 @@
 """Block-scaled float8: what the operations hand to each other.
 
 Letters of this package: `M` rows (tokens), `K` contracted dimension, `N` columns; the small letter counts blocks of 128
-of the same dimension, the last of which may be partial: `k = ceil(K / 128)`. `Q` is M rounded up to a
-multiple of 128.
+of the same dimension, the last of which may be partial: `k = ceil(K / 128)`. `Q` is M rounded up to a multiple of 128.
 """
 
 from typing import NamedTuple
@@ -27,6 +26,22 @@ class Quantized(NamedTuple):
 
     values: Float[Array, 'rows contracted']
     scales: Float32[Array, 'a b']
+
+
+def dequantize_rows(x: Quantized) -> Float32[Array, 'M K']:
+    """The float32 matrix that values with 1x128 tiles stand for."""
+    rows, width = x.values.shape
+    scales_MK = jnp.repeat(x.scales.T[:rows], BLOCK, axis=1)[:, :width]
+    return x.values.astype(jnp.float32) * scales_MK
+
+
+def dequantize_blocks(
+    values: Float[Array, '*stack N K'], scales: Float32[Array, '*stack n k']
+) -> Float32[Array, '*stack N K']:
+    """The float32 matrices that values with 128x128 blocks stand for."""
+    rows, width = values.shape[-2:]
+    spread = jnp.repeat(jnp.repeat(scales, BLOCK, axis=-2), BLOCK, axis=-1)
+    return values.astype(jnp.float32) * spread[..., :rows, :width]
 
 
 def blocks(size: int) -> int:

@@ -75,23 +75,19 @@ def main(arguments: list[str]) -> int:
     print(f'{machine["device"]}, jax {machine["jax"]}, torch {machine["torch"]}, driver {machine["driver"]}')
     print(f'times are of {clock.method}; copy {ceilings.copy_gbs:.0f} GB/s, product {ceilings.gemm_tflops:.0f} TFLOP/s')
     print(report.HEADER, flush=True)
+    command = ' '.join(['python -m pallas_kernels.bench', *arguments])
     rows: list[cases.Row] = []
     for op in OPS:
         if options.ops and op not in options.ops:
             continue
         for measure in _measurements(op, options.quick, options.rows, clock):
-            rows.append(row := measure())
+            rows.append(measure())
             peers.free()
-            known = ceilings.including(rows)
-            print(report.line(cases.with_share(row, known)), flush=True)
+            ceilings = ceilings.including(rows)
+            rows = [cases.with_share(row, ceilings) for row in rows]
+            print(report.line(rows[-1]), flush=True)
             if options.output:  # after every row: a run that is cut short keeps what it measured
-                measured = [cases.with_share(row, known) for row in rows]
-                command = ' '.join(['python -m pallas_kernels.bench', *arguments])
-                report.write_json(
-                    options.output, measured, known, machine=machine, command=command, timing=clock.method
-                )
-    ceilings = ceilings.including(rows)
-    rows = [cases.with_share(row, ceilings) for row in rows]
+                report.write_json(options.output, rows, ceilings, machine=machine, command=command, timing=clock.method)
     if options.plot:
         roofline.plot(options.plot, rows, ceilings, machine['device'])
     return int(any(row.failure for row in rows))
@@ -100,8 +96,7 @@ def main(arguments: list[str]) -> int:
 def _measurements(op: str, quick: bool, rows: list[int] | None, clock: timing.Clock) -> list[Callable[[], cases.Row]]:
     if op == 'accumulation':
         return [accumulation.measure]
-    chosen = [case for case in CASES[op](quick) if not rows or next(iter(case.shape.values())) in rows]
-    return [functools.partial(cases.measure, case, clock) for case in chosen]
+    return [functools.partial(cases.measure, case, clock) for case in cases.with_rows(CASES[op](quick), rows)]
 
 
 def _search(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench import checks, peers
 from pallas_kernels.bench.timing import Clock, JaxWork, Method, Work, number_of_sets
+from pallas_kernels.fp8 import BLOCK, Quantized, blocks, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Case:
         shapes = jax.eval_shape(self.inputs, jax.random.key(0))
         results = jax.eval_shape(lambda *inputs: self.run(*inputs, implementation='reference'), *shapes)
         return size_in_bytes(shapes) + size_in_bytes(results)
+
+    def input_sets(self) -> list[tuple]:
+        """As many sets of random inputs as exceed the cache."""
+        size = size_in_bytes(jax.eval_shape(self.inputs, jax.random.key(0)))
+        make = jax.jit(self.inputs)
+        return [make(key) for key in jax.random.split(jax.random.key(1), number_of_sets(size))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +138,7 @@ def measure(case: Case, clock: Clock) -> Row:
     row = Row(case.op, case.name, case.shape, case.flops, 0, peer=case.peer_name)
     try:
         row = dataclasses.replace(row, bytes=case.moved_bytes())
-        shapes = jax.eval_shape(case.inputs, jax.random.key(0))
-        keys = jax.random.split(jax.random.key(1), number_of_sets(size_in_bytes(shapes)))
-        make = jax.jit(case.inputs)
-        sets = [make(key) for key in keys]
+        sets = case.input_sets()
         expected = jax.jit(case.reference)(*sets[0])
         ours = JaxWork(lambda *inputs: case.run(*inputs, implementation='pallas'), sets)
         results, poisoned = checks.in_poisoned_memory(ours.enqueue)
@@ -158,8 +162,19 @@ def measure(case: Case, clock: Clock) -> Row:
         return dataclasses.replace(row, failure=first_line(error))
 
 
+def with_rows(cases: Sequence[Case], rows: Sequence[int] | None) -> list[Case]:
+    """The cases whose first dimension is one of `rows`; all of them if it is None."""
+    return [case for case in cases if not rows or next(iter(case.shape.values())) in rows]
+
+
 def first_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {error}'.partition('\n')[0][:300]
+
+
+def random_rows(key: jax.Array, rows: int, width: int) -> Quantized:
+    """A random matrix with scales of 1x128 tiles."""
+    values, scales = jax.random.split(key)
+    return Quantized(random_values(values, rows, width), random_scales(scales, blocks(width), round_up(rows, BLOCK)))
 
 
 def random_values(key: jax.Array, *shape: int) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench import peers
-from pallas_kernels.bench.cases import Case, random_scales, random_values
+from pallas_kernels.bench.cases import Case, random_rows, random_scales, random_values
 from pallas_kernels.fp8 import BLOCK, Quantized, blocks, round_up
 from pallas_kernels.gemm_fp8 import reference
 from pallas_kernels.gemm_fp8.api import gemm_fp8
@@ -45,7 +45,5 @@ def case(name: str, m: int, n: int, k: int) -> Case:
 
 def operands(key: jax.Array, m: int, n: int, k: int) -> tuple[Quantized, Quantized]:
     """Random rows in tiles of 1x128, and a random weight in blocks of 128x128."""
-    keys = jax.random.split(key, 4)
-    lhs = Quantized(random_values(keys[0], m, k), random_scales(keys[1], blocks(k), round_up(m, BLOCK)))
-    rhs = Quantized(random_values(keys[2], n, k), random_scales(keys[3], blocks(n), blocks(k)))
-    return lhs, rhs
+    lhs, *rhs = jax.random.split(key, 3)
+    return random_rows(lhs, m, k), Quantized(random_values(rhs[0], n, k), random_scales(rhs[1], blocks(n), blocks(k)))

@@ -60,15 +60,16 @@ def scaled_products(sets: Sequence[tuple[Quantized, Quantized]], *, blocks: bool
     """`lhs @ rhs.T` by cuBLASLt with float32 scales, of 1x128 tiles on the left.
 
     Args:
-      sets: values (M, K) with scales (k, M), and values (N, K).
-      blocks: the right-hand scales are of 128x128 blocks, (n, k), not of 1x128 tiles, (k, N).
+      sets: values (M, K) with scales (k, Q), of which torch gets those of the M rows, and values (N, K).
+      blocks: the right-hand scales are of 128x128 blocks, (n, k), not of 1x128 tiles.
       out: torch's name of the result's dtype.
     """
     torch = load_torch()
     calls = []
     for lhs, rhs in sets:
-        rhs_scales = to_torch(rhs.scales)
-        operands = (to_torch(lhs.values), to_torch(rhs.values).T, to_torch(lhs.scales).T)
+        rows, columns = lhs.values.shape[0], rhs.values.shape[0]
+        rhs_scales = to_torch(rhs.scales if blocks else rhs.scales[:, :columns])
+        operands = (to_torch(lhs.values), to_torch(rhs.values).T, to_torch(lhs.scales[:, :rows]).T)
         calls.append(
             functools.partial(
                 torch._scaled_mm, *operands, rhs_scales.T if blocks else rhs_scales, out_dtype=getattr(torch, out)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench import peers
 from pallas_kernels.bench.cases import Case
-from pallas_kernels.fp8 import Quantized
-from pallas_kernels.gemm_fp8.reference import dequantize_rows
+from pallas_kernels.fp8 import dequantize_blocks, dequantize_rows
 from pallas_kernels.quantize_fp8 import api
 
 ROWS = [(4096, 7168), (32768, 7168)]
@@ -49,19 +48,10 @@ def case(name: str, shape: tuple[int, int], dtype: str) -> Case:
     )
 
 
-def _dense_blocks(results: tuple[Quantized, Quantized]) -> list[jax.Array]:
-    def one(x: Quantized) -> jax.Array:
-        rows, columns = x.values.shape
-        scales = jnp.repeat(jnp.repeat(x.scales, 128, axis=0)[:rows], 128, axis=1)[:, :columns]
-        return x.values.astype(jnp.float32) * scales
-
-    return [one(x) for x in results]
-
-
 _DENSE: dict[str, Callable[[Any], Any]] = {
     'rows': dequantize_rows,
     'columns': dequantize_rows,
     'rows_and_columns': lambda results: [dequantize_rows(x) for x in results],
     'e5m6': lambda packed: api.dequantize_e5m6(packed, dtype=jnp.dtype(jnp.float32)),
-    'blocks': _dense_blocks,
+    'blocks': lambda results: [dequantize_blocks(*x) for x in results],
 }

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench import checks, gemm_fp8, quantize_fp8, wgrad_fp8
-from pallas_kernels.bench.cases import Case, first_line, size_in_bytes
-from pallas_kernels.bench.timing import Clock, JaxWork, number_of_sets
+from pallas_kernels.bench.cases import Case, first_line, with_rows
+from pallas_kernels.bench.timing import Clock, JaxWork
 from pallas_kernels.gemm_fp8 import sm90 as gemm_sm90
 from pallas_kernels.gemm_fp8 import tuned as gemm_tuned
 from pallas_kernels.quantize_fp8 import sm90 as quantize_sm90
@@ -87,9 +87,9 @@ def search(
       rows: only shapes with these numbers of rows; None searches all.
     """
     space, winners, seen = SPACES[op], [], set()
-    for case in space.cases(quick):
+    for case in with_rows(space.cases(quick), rows):
         name = json.dumps(key := space.key(case))
-        if name in seen or (rows and next(iter(case.shape.values())) not in rows):
+        if name in seen:
             continue
         seen.add(name)
         tried = try_candidates(space, case, clock, budget)
@@ -103,9 +103,7 @@ def search(
 
 def try_candidates(space: Space, case: Case, clock: Clock, budget: float) -> list[dict[str, Any]]:
     """Each candidate as {config, us, failure}; exactly one of the last two is None."""
-    make = jax.jit(case.inputs)
-    shapes = jax.eval_shape(case.inputs, jax.random.key(0))
-    sets = [make(key) for key in jax.random.split(jax.random.key(1), number_of_sets(size_in_bytes(shapes)))]
+    sets = case.input_sets()
     expected = jax.jit(case.reference)(*sets[0])
     configs = list(space.candidates(case))
 

@@ -3,8 +3,8 @@
 import jax
 
 from pallas_kernels.bench import gemm_fp8, peers
-from pallas_kernels.bench.cases import Case, random_scales, random_values
-from pallas_kernels.fp8 import BLOCK, Quantized, blocks, round_up
+from pallas_kernels.bench.cases import Case, random_rows
+from pallas_kernels.fp8 import Quantized
 from pallas_kernels.gemm_fp8 import reference
 from pallas_kernels.gemm_fp8.api import wgrad_fp8
 
@@ -36,7 +36,5 @@ def case(m: int, n: int, k: int) -> Case:
 
 def operands(key: jax.Array, m: int, n: int, k: int) -> tuple[Quantized, Quantized]:
     """Two random matrices in tiles of 1x128."""
-    keys = jax.random.split(key, 4)
-    lhs = Quantized(random_values(keys[0], m, k), random_scales(keys[1], blocks(k), round_up(m, BLOCK)))
-    rhs = Quantized(random_values(keys[2], n, k), random_scales(keys[3], blocks(k), round_up(n, BLOCK)))
-    return lhs, rhs
+    lhs, rhs = jax.random.split(key)
+    return random_rows(lhs, m, k), random_rows(rhs, n, k)

@@ -10,32 +10,18 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.fp8 import BLOCK, Quantized
+from pallas_kernels.fp8 import Quantized, dequantize_blocks, dequantize_rows
 
 
 def gemm_fp8(lhs: Quantized, rhs: Quantized, out_dtype: DTypeLike) -> Float[Array, 'M N']:
     """`lhs @ rhs.T`; scales of 1x128 tiles (k, Q) on the left, of 128x128 blocks (n, k) on the right."""
-    rhs_NK = rhs.values.astype(jnp.float32) * _spread(
-        _spread(rhs.scales, 0, rhs.values.shape[0]), 1, rhs.values.shape[1]
-    )
-    return _product(dequantize_rows(lhs), rhs_NK).astype(out_dtype)
+    return _product(dequantize_rows(lhs), dequantize_blocks(*rhs)).astype(out_dtype)
 
 
 def wgrad_fp8(lhs: Quantized, rhs: Quantized, accumulator_MN: Array | None) -> Float32[Array, 'M N']:
     """`lhs @ rhs.T` plus the accumulator; scales of 1x128 tiles on both sides."""
     product_MN = _product(dequantize_rows(lhs), dequantize_rows(rhs))
     return product_MN if accumulator_MN is None else accumulator_MN + product_MN
-
-
-def dequantize_rows(x: Quantized) -> Float32[Array, 'M K']:
-    """The float32 matrix that values with 1x128 tiles stand for."""
-    rows, width = x.values.shape
-    return x.values.astype(jnp.float32) * _spread(x.scales[:, :rows], 0, width).T
-
-
-def _spread(scales: Array, axis: int, size: int) -> Array:
-    """Each scale repeated over its block of 128, the last block cut to `size`."""
-    return jax.lax.slice_in_dim(jnp.repeat(scales, BLOCK, axis=axis), 0, size, axis=axis)
 
 
 def _product(lhs_MK: Array, rhs_NK: Array) -> Array:

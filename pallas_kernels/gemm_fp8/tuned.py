@@ -50,19 +50,21 @@ _NARROW = GemmConfig(wg_columns=32, stages=8, out_buffers=2)
 _MIDDLE = GemmConfig(wg_columns=64, stages=7, run=1, out_buffers=2)
 _SHORT = GemmConfig(stages=5, out_buffers=2)
 
-# (N, K) -> configurations for up to so many rows; more rows and other shapes take the default.
+_ANY = 1 << 31
+
+# (N, K) -> configurations for up to so many rows; what is not listed takes the default.
 _GEMM: dict[tuple[int, int], dict[int, GemmConfig]] = {
-    (2112, 7168): {64: _NARROW, 128: _NARROW, 1 << 31: _WIDE_SHARED},
-    (24576, 1536): {64: _MIDDLE, 128: _MIDDLE, 1 << 31: _WIDE_SHARED},
-    (32768, 512): {64: _SHORT, 128: _SHORT},
-    (7168, 16384): {64: _MIDDLE, 128: _MIDDLE, 1 << 31: _WIDE_SHARED},
+    (2112, 7168): {_ANY: _WIDE_SHARED},
+    (24576, 1536): {128: _MIDDLE, _ANY: _WIDE_SHARED},
+    (32768, 512): {128: _SHORT},
+    (7168, 16384): {128: _MIDDLE, _ANY: _WIDE_SHARED},
     # 22 x 32 wide tiles are 5.3 rounds of 132 multiprocessors, 32 x 32 square ones 7.8.
-    (4096, 7168): {64: _NARROW, 128: _NARROW, 4096: _SQUARE_SHARED, 1 << 31: _WIDE_SHARED},
-    (7168, 2048): {64: _MIDDLE, 128: _MIDDLE, 1 << 31: _WIDE_SHARED},
+    (4096, 7168): {4096: _SQUARE_SHARED, _ANY: _WIDE_SHARED},
+    (7168, 2048): {128: _MIDDLE, _ANY: _WIDE_SHARED},
     # Gradients of inputs. 88 wide tiles would leave a third of the multiprocessors idle.
     (512, 32768): {4096: _SQUARE},
 }
-_DEFAULT = {128: _NARROW, 1 << 31: _WIDE}
+_DEFAULT = {128: _NARROW, _ANY: _WIDE}
 
 
 def gemm_config(m: int, n: int, k: int) -> GemmConfig:
@@ -89,7 +91,7 @@ def candidates(operation: str, m: int, n: int, k: int) -> list[GemmConfig]:
             for wgs_n, columns, stages in ((1, 32, 8), (1, 64, 7), (1, 128, 5), (2 if wgs_m == 1 else 1, 32, 6))
             for run in (1, 4)
         ]
-    wide = [_WIDE, dataclasses.replace(_WIDE, cluster_n=2), dataclasses.replace(_WIDE, cluster_m=2)]
+    wide = [_WIDE, _WIDE_SHARED, dataclasses.replace(_WIDE, cluster_m=2)]
     if operation == 'wgrad_fp8':
         return [*wide, GemmConfig(run=2, cluster_n=2), GemmConfig(run=1, cluster_n=2)]
     pairs = [GemmConfig(run=run, cluster_n=2) for run in (2, 4, 8)]

@@ -76,7 +76,7 @@ def linear_fp8(
       quantized: what `quantize_blocks` made of w, once for all micro-batches of a step, say. The master is then not
         read, and still gets the gradient.
       power_of_two: scales of all operands are powers of two.
-      implementation: 'reference', 'pallas' (a Hopper GPU; K and N multiples of 64), or None for what serves best.
+      implementation: 'reference', 'pallas' (a Hopper GPU; K a multiple of 128, N of 64), or None for what serves best.
 
     Raises:
       ValueError: shapes or dtypes do not fit together.

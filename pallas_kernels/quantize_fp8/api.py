@@ -23,7 +23,7 @@ from pallas_kernels.quantize_fp8.reference import E5M6
 def quantize_rows(
     x_MK: Float[Array, 'M K'], *, power_of_two: bool = False, implementation: Implementation | None = None
 ) -> Quantized:
-    """Returns x in tiles of one row and 128 values of K: values (M, K), scales (k, P).
+    """Returns x in tiles of one row and 128 values of K: values (M, K), scales (k, Q).
 
     Q is M rounded up to a multiple of 128; the scales of the rows past M are those of zeros.
 

@@ -7,9 +7,10 @@ one is quantised, the copy engine fetches the next ones and stores the results o
   input    [stage, chunk, row, 64]     bfloat16: swizzled rows of 128 bytes, read without conflicts, transposed too
   values   [output, chunk, row, 64]    float8: swizzled rows of 64 bytes
 
-Rows and columns past the edge of the input arrive as zeros, and what lies past the edge of a result is not written:
-the copy engine does both. It needs rows of whole 16 bytes, hence K in multiples of 64 (whole chunks) and the padded
-scales. Shared memory is tiled by rows: the usual tiles of 8 rows would need M in multiples of 8.
+Rows and columns past the edge of the input arrive as zeros, and what lies past the edge of a matrix of values is not
+written: the copy engine does both. It needs rows of whole 16 bytes, hence K in multiples of 64 (whole chunks). Stores of
+one dimension, those of scales, it does not clip, hence scales of whole blocks of rows. Shared memory is tiled by rows:
+the usual tiles of 8 rows would need M in multiples of 8.
 
 The arithmetic is the reference's, bit for bit: both call the same functions on the same float32 values.
 """

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -441,3 +442,21 @@ def test_without_a_gpu_the_command_ends_with_code_2():
     command = [sys.executable, '-m', 'pallas_kernels.bench']
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr.count('\n')) == (2, '', 1)
+
+
+@pytest.mark.parametrize(
+    ('blocks', 'case'), [(True, gemm_fp8.case('fprop', 6, 256, 384)), (False, wgrad_fp8.case(192, 64, 384))]
+)
+def test_peer_gets_the_scales_of_the_rows_alone(blocks, case, monkeypatch):
+    """Ours are filled up to whole blocks of rows, which cuBLASLt refuses."""
+    shapes = []
+    torch = types.SimpleNamespace(
+        _scaled_mm=lambda *operands, out_dtype: shapes.extend(x.shape for x in operands), float32=None
+    )
+    monkeypatch.setattr(peers, 'load_torch', lambda: torch)
+    monkeypatch.setattr(peers, 'to_torch', np.asarray)
+    monkeypatch.setattr(peers, 'TorchWork', lambda torch, calls: calls)
+    [call] = peers.scaled_products([case.inputs(jax.random.key(0))], blocks=blocks, out='float32').work
+    call()
+    m, n, k = case.shape.values()
+    assert shapes == [(m, k), (k, n), (m, k // 128), (k // 128, n // 128 if blocks else n)]

@@ -209,7 +209,6 @@ def test_wgrad_compiles_for_hopper_without_spills(accumulate):
     assert bool(report.kernels['wgrad_fp8'].instructions['UTMAREDG']) is accumulate
 
 
-@needs_hopper_tools
 @pytest.mark.parametrize('operation', ['gemm_fp8', 'wgrad_fp8'])
 def test_every_candidate_fits_shared_memory(operation):
     for m in (64, 128, 4096):
