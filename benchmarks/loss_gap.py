@@ -63,7 +63,8 @@ def draw(curves: dict[str, list[list[float]]], path: pathlib.Path) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     running = {recipe: np.array([smooth(np.array(curve)) for curve in runs]) for recipe, runs in curves.items()}
     steps = np.arange(running['bf16'].shape[1]) + LAST
-    for recipe, color in RECIPES.items():
+    for recipe in curves:
+        color = RECIPES[recipe]
         above.plot(steps, running[recipe].mean(0), color=color, label=recipe)
         if recipe != 'bf16':
             gap = 100 * (running[recipe] / running['bf16'] - 1)
@@ -83,12 +84,14 @@ def main() -> None:
     parser.add_argument('--config', type=pathlib.Path, default=ROOT / 'configs' / 'train' / 'tiny_cpu.gin')
     parser.add_argument('--steps', type=int, default=200)
     parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=list(RECIPES), help='bf16 is always among them')
     options = parser.parse_args()
     if options.steps < LAST or options.seeds < 1:
         parser.error(f'--steps must be at least {LAST} and --seeds at least 1')
-    curves, heldout = {recipe: [] for recipe in RECIPES}, {recipe: [] for recipe in RECIPES}
+    recipes = [recipe for recipe in RECIPES if recipe == 'bf16' or recipe in options.recipes]
+    curves, heldout = {recipe: [] for recipe in recipes}, {recipe: [] for recipe in recipes}
     for seed in range(options.seeds):
-        for recipe in RECIPES:
+        for recipe in recipes:
             start = time.monotonic()
             curve, bits = losses(options.config, recipe, options.steps, seed)
             curves[recipe].append(curve)
@@ -110,7 +113,7 @@ def main() -> None:
         'final_loss': final,
         'heldout_bits_per_byte': heldout,
     }
-    for recipe in ('fp8', 'fp32'):
+    for recipe in recipes[1:]:
         loss, bits = gaps(final[recipe], final['bf16']), gaps(heldout[recipe], heldout['bf16'])
         result[f'{recipe}_gap_to_bf16'] = {'loss': loss, 'heldout_bits_per_byte': bits}
         for name, gap in (('training loss', loss), ('held-out bits', bits)):

@@ -1,9 +1,10 @@
 """The block-scaled float8 product on Hopper: TMA, wgmma, float32 promotion of every 128 contracted values.
 
 A persistent grid: each block of the grid (or cluster of two) walks over output tiles. One warpgroup copies operands
-into a ring of shared-memory slots, running ahead across tiles; the others ("math" warpgroups, 64 rows each) multiply:
+into a ring of shared-memory slots, running ahead across tiles; the others ("math" warpgroups) multiply, each of them one
+or two waves of 64 rows:
 
-              128 of K                   math warpgroup, per slot
+              128 of K                   math warpgroup, per slot and wave
     lhs tile  [rows, 128]  --wgmma-->    partial (64, columns)     14-bit sums of the tensor core
     rhs tile  [columns, 128]             total += partial * scale  float32 registers
 
@@ -13,6 +14,7 @@ difference of the two forms: a scalar for each 128 columns (weights), or one sca
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -23,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks
+from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
 from pallas_kernels.gemm_fp8 import tuned
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
 from pallas_kernels.implementation import hopper_cores
@@ -72,20 +74,28 @@ def _gemm(
 ) -> Array:
     (m, k), n = lhs.values.shape, rhs.values.shape[0]
     cores = hopper_cores() or 132
+    wave_size = WAVE * config.wgs_m
     rows, columns, cluster = config.rows, config.columns, config.cluster_m * config.cluster_n
     tiles = (pl.cdiv(m, rows * config.cluster_m), pl.cdiv(n, columns * config.cluster_n))
-    steps, stages = blocks(k), config.stages
+    steps, stages, waves = blocks(k), config.stages, config.waves
     producer = config.warpgroups
     chunk = math.gcd(128 // jnp.dtype(out_dtype).itemsize, config.wg_columns)  # columns of one output copy
     # A tile's copies use every buffer equally often: the oldest copy is then that of the buffer to be used next.
     buffers = math.gcd(config.out_buffers, config.wg_columns // chunk)
     group = math.gcd(chunk if per_column else BLOCK, config.wg_columns)  # columns promoted together
     groups = range(0, config.wg_columns, group)
+    scale_slots = 2 if steps * rows * 8 <= 64 * 1024 else 1
+    scale_width = round_up(steps, 4)  # copies are of whole 16 bytes
+    if config.tile_scales:
+        rhs_scales_shape = (scale_slots, round_up(steps, 32))
+    else:
+        rhs_scales_shape = (stages, columns) if per_column else (1, 32)
     lhs_axis = 'cluster' if config.cluster_n > 1 else None
     rhs_axis = 'cluster' if config.cluster_m > 1 else None
 
     def body(lhs_gmem, lhs_scale_gmem, rhs_gmem, rhs_scale_gmem, out_gmem, *scratch):
-        lhs_smem, rhs_smem, lhs_scale_smem, rhs_scale_smem, out_smem, full, empty = scratch
+        lhs_smem, rhs_smem, lhs_scale_smem, rhs_scale_smem, out_smem, full, later, empty, *scale_barriers = scratch
+        scales_full, scales_empty = scale_barriers if config.tile_scales else (None, None)
         warpgroup = lax.axis_index('warpgroup')
         member = lax.axis_index('cluster')
 
@@ -110,21 +120,38 @@ def _gemm(
         def slot_of(step):
             return lax.rem(step, jnp.int32(stages))
 
+        def scale_slot_of(first):
+            return lax.rem(lax.div(first, jnp.int32(steps)), jnp.int32(scale_slots))
+
         @pl.when(warpgroup == producer)
         @jax.named_scope('produce')
         def _():
             plgpu.set_max_registers(REGISTERS[config.warpgroups][0], action='decrease')
 
             def copy_tile(row, column, first):
+                if config.tile_scales:
+                    slot = scale_slot_of(first)
+                    plgpu.barrier_wait(scales_empty.at[slot])
+                    copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=scales_full.at[slot])
+                    copy(lhs_scale_gmem.at[:, pl.ds(row, rows)], lhs_scale_smem.at[slot])
+                    weight_block = rhs_scale_gmem.at[lax.div(column, jnp.int32(BLOCK))]
+                    copy(weight_block, rhs_scale_smem.at[slot, pl.ds(0, scale_width)])
+
                 @pl.loop(0, steps)
                 def _(block):
                     slot = slot_of(first + block)
                     at = pl.ds(block * BLOCK, BLOCK)
                     plgpu.barrier_wait(empty.at[slot])
                     copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
-                    copy(lhs_gmem.at[pl.ds(row, rows), at], lhs_smem.at[slot], collective_axes=lhs_axis)
+                    for wave in range(waves):
+                        wave_rows = pl.ds(wave * wave_size, wave_size)
+                        source = lhs_gmem.at[pl.ds(row, rows), at].at[wave_rows]
+                        barrier = later.at[slot * (waves - 1) + wave - 1] if wave else full.at[slot]
+                        target = lhs_smem.at[slot, wave_rows]
+                        plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=lhs_axis)
                     copy(rhs_gmem.at[pl.ds(column, columns), at], rhs_smem.at[slot], collective_axes=rhs_axis)
-                    copy(lhs_scale_gmem.at[block, pl.ds(row, rows)], lhs_scale_smem.at[slot])
+                    if not config.tile_scales:
+                        copy(lhs_scale_gmem.at[block, pl.ds(row, rows)], lhs_scale_smem.at[slot])
                     if per_column:
                         copy(rhs_scale_gmem.at[block, pl.ds(column, columns)], rhs_scale_smem.at[slot])
 
@@ -135,80 +162,117 @@ def _gemm(
             def _(index):
                 plgpu.barrier_wait(empty.at[slot_of(total + index)])
 
+            if config.tile_scales:
+
+                @pl.loop(0, scale_slots)
+                def _(index):
+                    plgpu.barrier_wait(scales_empty.at[scale_slot_of(total + index * steps)])
+
         @pl.when(warpgroup < producer)
         @jax.named_scope('multiply')
         def _():
             plgpu.set_max_registers(REGISTERS[config.warpgroups][1], action='increase')
-            wg_rows = pl.ds(lax.div(warpgroup, jnp.int32(config.wgs_n)) * WAVE, WAVE)
+            wg_row = lax.div(warpgroup, jnp.int32(config.wgs_n)) * WAVE
             wg_column = lax.rem(warpgroup, jnp.int32(config.wgs_n)) * config.wg_columns
+
+            def rows_of(wave):
+                return pl.ds(wave * wave_size + wg_row, WAVE)
 
             @pl.loop(0, stages)
             def _(slot):
                 plgpu.barrier_arrive(empty.at[slot])
 
+            if config.tile_scales:
+
+                @pl.loop(0, scale_slots)
+                def _(slot):
+                    plgpu.barrier_arrive(scales_empty.at[slot])
+
             def multiply_tile(row, column, first):
-                def weight_scales(block):
-                    """The scalars of this warpgroup's columns at one block of K."""
-                    for start in groups:
-                        index = lax.div(column + wg_column + start, jnp.int32(BLOCK))
-                        yield rhs_scale_gmem[lax.min(index, jnp.int32(blocks(n) - 1)), block]
+                scale_slot = scale_slot_of(first)
+                if config.tile_scales:
+                    plgpu.barrier_wait(scales_full.at[scale_slot])
+
+                def weight_scales(start, count):
+                    """The scalars of this warpgroup's columns at `count` blocks of K, or at the last one past the end."""
+                    if per_column or config.tile_scales:
+                        return ((),) * count
+                    column_blocks = [lax.div(column + wg_column + at, jnp.int32(BLOCK)) for at in groups]
+                    column_blocks = [lax.min(block, jnp.int32(blocks(n) - 1)) for block in column_blocks]
+                    at = [lax.min(start + index, jnp.int32(steps - 1)) for index in range(count)]
+                    return tuple(tuple(rhs_scale_gmem[j, block] for j in column_blocks) for block in at)
 
                 def column_scales(slot):
                     for start in groups:
                         scales = rhs_scale_smem.at[slot, pl.ds(wg_column + start, group)]
                         yield plgpu.load(scales, layout=WGMMA.reduce(0))
 
-                def promote(block, partial_ref, scalars, in_flight, totals):
-                    """Waits for a block's partial sums, adds them to the totals and frees the slot."""
+                def promote(product, in_flight, totals):
+                    """Waits for a product's partial sums and adds them to the totals; the last wave's frees the slot."""
+                    block, wave, partial_ref, scalars = product
                     slot = slot_of(first + block)
-                    row_scales = plgpu.load(lhs_scale_smem.at[slot, wg_rows], layout=WGMMA.reduce(1))
+                    scale_rows = (scale_slot, block) if config.tile_scales else (slot,)
+                    row_scales = plgpu.load(lhs_scale_smem.at[*scale_rows, rows_of(wave)], layout=WGMMA.reduce(1))
+                    if config.tile_scales:
+                        scalars = (rhs_scale_smem[scale_slot, block],)
                     partial = plgpu.wgmma_accumulator_load(partial_ref, wait_n=in_flight)
                     scales = column_scales(slot) if per_column else scalars
                     new = tuple(
                         _promote(total, partial[:, start : start + group], row_scales, scale)
-                        for start, total, scale in zip(groups, totals, scales, strict=True)
+                        for start, total, scale in zip(groups, totals[wave], scales, strict=True)
                     )
-                    plgpu.commit_smem()  # between these reads of scales and the next copy to their place
-                    plgpu.barrier_arrive(empty.at[slot])
-                    return new
+                    if wave == waves - 1:
+                        if not config.tile_scales:
+                            plgpu.commit_smem()  # between these reads of scales and the next copy to their place
+                        plgpu.barrier_arrive(empty.at[slot])
+                    return (*totals[:wave], new, *totals[wave + 1 :])
 
-                def run(start, length, totals):
-                    """Adds blocks `start .. start + length`; two products are in flight at any time."""
+                def multiply(products, before, totals):
+                    """Makes these products; each is in flight while the one before it is promoted."""
+                    (block, wave, scalars), *rest = products
+                    slot = slot_of(first + block)
+                    plgpu.barrier_wait(later.at[slot * (waves - 1) + wave - 1] if wave else full.at[slot])
 
-                    def link(index, before, totals):
-                        block = start + index
-                        slot = slot_of(first + block)
-                        plgpu.barrier_wait(full.at[slot])
+                    def scope(partial_ref):
+                        rhs_tile = rhs_smem.at[slot, pl.ds(wg_column, config.wg_columns)]
+                        plgpu.wgmma(partial_ref, lhs_smem.at[slot, rows_of(wave)], rhs_tile.T)
+                        product = block, wave, partial_ref, scalars
+                        new = promote(before, 1, totals) if before else totals
+                        return multiply(rest, product, new) if rest else promote(product, 0, new)
 
-                        def scope(partial_ref):
-                            rhs_tile = rhs_smem.at[slot, pl.ds(wg_column, config.wg_columns)]
-                            plgpu.wgmma(partial_ref, lhs_smem.at[slot, wg_rows], rhs_tile.T)
-                            scalars = () if per_column else tuple(weight_scales(block))
-                            new = promote(block - 1, before[0], before[1], 1, totals) if before else totals
-                            if index + 1 < length:
-                                return link(index + 1, (partial_ref, scalars), new)
-                            return promote(block, partial_ref, scalars, 0, new)
+                    return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((WAVE, config.wg_columns), jnp.float32))
 
-                        return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((WAVE, config.wg_columns), jnp.float32))
+                def add_blocks(start, scalars, totals):
+                    products = [(start + i, wave, scalars[i]) for i in range(len(scalars)) for wave in range(waves)]
+                    for chain in itertools.batched(products, config.run):
+                        totals = multiply(chain, None, totals)
+                    return totals
 
-                    return link(0, None, totals)
+                def add_round(index, carry):
+                    scalars, totals = carry
+                    # Those of the next round, so that nothing waits for them.
+                    ahead = weight_scales((index + 1) * count, count)
+                    return ahead, add_blocks(index * count, scalars, totals)
 
                 zeros = plgpu.layout_cast(jnp.zeros((WAVE, group), jnp.float32), WGMMA)
-                totals = (zeros,) * len(groups)
-                runs, rest = divmod(steps, config.run)
-                if runs:
-                    totals = lax.fori_loop(0, runs, lambda i, totals: run(i * config.run, config.run, totals), totals)
+                count = max(1, config.run // waves)
+                rounds, rest = divmod(steps, count)
+                carry = weight_scales(jnp.int32(0), count), ((zeros,) * len(groups),) * waves
+                scalars, totals = lax.fori_loop(0, rounds, add_round, carry)
                 if rest:
-                    totals = run(jnp.int32(runs * config.run), rest, totals)
-                for index, start in enumerate(range(0, config.wg_columns, chunk)):
-                    buffer = index % buffers
+                    totals = add_blocks(jnp.int32(rounds * count), scalars[:rest], totals)
+                if config.tile_scales:
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(scales_empty.at[scale_slot])
+                for wave, start in itertools.product(range(waves), range(0, config.wg_columns, chunk)):
+                    buffer = start // chunk % buffers
                     plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-                    values = totals[start // group][:, start % group : start % group + chunk]
+                    values = totals[wave][start // group][:, start % group : start % group + chunk]
                     out_smem[warpgroup, buffer] = values.astype(out_dtype)
                     plgpu.commit_smem()
                     target = out_gmem.at[pl.ds(row, rows), pl.ds(column + wg_column + start, chunk)]
                     add = None if accumulator_MN is None else 'add'
-                    plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, buffer], target.at[wg_rows], reduction_op=add)
+                    plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, buffer], target.at[rows_of(wave)], reduction_op=add)
 
             for_each_tile(multiply_tile)
             plgpu.wait_smem_to_gmem(0)
@@ -216,17 +280,24 @@ def _gemm(
     slot_barrier = (
         plgpu.Barrier if cluster == 1 else functools.partial(plgpu.ClusterBarrier, collective_axes=('cluster',))
     )
+    scale_barriers = []
+    if config.tile_scales:
+        scale_barriers.append(plgpu.Barrier(num_arrivals=2, num_barriers=scale_slots))
+        scale_barriers.append(plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=scale_slots))
+        rhs = rhs._replace(scales=jnp.pad(rhs.scales, ((0, 0), (0, scale_width - steps))))
     kernel = functools.partial(
         plgpu.kernel,
         body,
         scratch_types=[
             plgpu.SMEM((stages, rows, BLOCK), E4M3, transforms=_swizzled(BLOCK)),
             plgpu.SMEM((stages, columns, BLOCK), E4M3, transforms=_swizzled(BLOCK)),
-            plgpu.SMEM((stages, rows), jnp.float32),
-            plgpu.SMEM((stages, columns) if per_column else (1, 32), jnp.float32),
+            plgpu.SMEM((scale_slots, steps, rows) if config.tile_scales else (stages, rows), jnp.float32),
+            plgpu.SMEM(rhs_scales_shape, jnp.float32),
             plgpu.SMEM((config.warpgroups, buffers, WAVE, chunk), out_dtype, transforms=_swizzled(chunk, out_dtype)),
-            plgpu.Barrier(num_arrivals=4 if per_column else 3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2 + per_column + (not config.tile_scales), num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages * max(1, waves - 1)),
             slot_barrier(num_arrivals=config.warpgroups, num_barriers=stages),
+            *scale_barriers,
         ],
         grid=(cores // cluster,),
         grid_names=('block',),

@@ -8,11 +8,14 @@ class GemmConfig:
     """How one kernel cuts its work.
 
     Attributes:
-      wgs_m, wgs_n: math warpgroups of a block along rows (64 rows each) and along columns; three in all at most.
+      wgs_m, wgs_n: math warpgroups of a block along rows and along columns; three in all at most.
       wg_columns: columns a warpgroup owns.
+      waves: times 64 rows that a warpgroup owns; it multiplies them one after the other.
       stages: slots of the operand ring.
-      run: blocks of K whose products follow each other without a pause: above 1 two products are in flight, which
-        takes registers for two partial sums. Two math warpgroups have them, three do not.
+      run: products that follow each other without a pause: above 1 two of them are in flight, which takes registers
+        for two partial sums. Two math warpgroups of one wave have them.
+      tile_scales: scales of a tile come in one copy before its first block of K and not with each block. For few rows:
+        a block then takes less time than the fence between reads of its scales and the next copy to their place.
       cluster_m, cluster_n: blocks of a cluster along rows (they share the right operand) or along columns.
       minor, width: order of the tiles: the dimension that moves fastest (0 rows, 1 columns) within a band this wide.
       out_buffers: output chunks a warpgroup may have in flight.
@@ -21,8 +24,10 @@ class GemmConfig:
     wgs_m: int = 2
     wgs_n: int = 1
     wg_columns: int = 128
+    waves: int = 1
     stages: int = 6
     run: int = 4
+    tile_scales: bool = False
     cluster_m: int = 1
     cluster_n: int = 1
     minor: int = 1
@@ -35,7 +40,7 @@ class GemmConfig:
 
     @property
     def rows(self) -> int:
-        return self.wgs_m * 64
+        return self.wgs_m * self.waves * 64
 
     @property
     def columns(self) -> int:
@@ -44,6 +49,8 @@ class GemmConfig:
 
 _WIDE = GemmConfig(wgs_m=3, stages=4, run=1, out_buffers=2)
 _WIDE_SHARED = dataclasses.replace(_WIDE, cluster_n=2)
+_TALL = GemmConfig(wgs_m=2, waves=2, stages=4, run=1)
+_TALL_SHARED = dataclasses.replace(_TALL, cluster_n=2)
 _SQUARE = GemmConfig(run=1)
 _SQUARE_SHARED = GemmConfig(cluster_n=2)
 _NARROW = GemmConfig(wg_columns=32, stages=8, out_buffers=2)
