@@ -32,6 +32,7 @@ from pallas_kernels.implementation import hopper_cores
 
 WGMMA = plgpu.Layout.WGMMA
 WAVE = 64  # rows of one wgmma
+SWIZZLES = (32, 64, 128)  # bytes
 # Registers a thread of the copying and of the math warpgroups: what is given up must cover what is taken.
 REGISTERS = {1: (40, 232), 2: (40, 232), 3: (56, 152)}
 
@@ -79,10 +80,11 @@ def _gemm(
     tiles = (pl.cdiv(m, rows * config.cluster_m), pl.cdiv(n, columns * config.cluster_n))
     steps, stages, waves = blocks(k), config.stages, config.waves
     producer = config.warpgroups
-    chunk = math.gcd(128 // jnp.dtype(out_dtype).itemsize, config.wg_columns)  # columns of one output copy
+    chunk = _output_chunk(config.wg_columns, out_dtype)
     # A tile's copies use every buffer equally often: the oldest copy is then that of the buffer to be used next.
     buffers = math.gcd(config.out_buffers, config.wg_columns // chunk)
-    group = math.gcd(chunk if per_column else BLOCK, config.wg_columns)  # columns promoted together
+    straddles = not per_column and BLOCK % config.wg_columns > 0  # whether columns of a warpgroup lie in two blocks
+    group = math.gcd(BLOCK, chunk) if straddles else chunk  # columns promoted together
     groups = range(0, config.wg_columns, group)
     scale_slots = 2 if steps * rows * 8 <= 64 * 1024 else 1
     scale_width = round_up(steps, 4)  # copies are of whole 16 bytes
@@ -197,8 +199,8 @@ def _gemm(
                     """The scalars of this warpgroup's columns at `count` blocks of K, or at the last one past the end."""
                     if per_column or config.tile_scales:
                         return ((),) * count
-                    column_blocks = [lax.div(column + wg_column + at, jnp.int32(BLOCK)) for at in groups]
-                    column_blocks = [lax.min(block, jnp.int32(blocks(n) - 1)) for block in column_blocks]
+                    first_block = lax.div(column + wg_column, jnp.int32(BLOCK))
+                    column_blocks = [lax.min(first_block + i, jnp.int32(blocks(n) - 1)) for i in range(1 + straddles)]
                     at = [lax.min(start + index, jnp.int32(steps - 1)) for index in range(count)]
                     return tuple(tuple(rhs_scale_gmem[j, block] for j in column_blocks) for block in at)
 
@@ -206,6 +208,13 @@ def _gemm(
                     for start in groups:
                         scales = rhs_scale_smem.at[slot, pl.ds(wg_column + start, group)]
                         yield plgpu.load(scales, layout=WGMMA.reduce(0))
+
+                def scales_of_groups(scalars):
+                    """One of the scalars for each group of columns."""
+                    if not straddles:
+                        return scalars * len(groups)
+                    left = BLOCK - lax.rem(column + wg_column, jnp.int32(BLOCK))  # columns in the first block
+                    return [jnp.where(start < left, *scalars) for start in groups]
 
                 def promote(product, in_flight, totals):
                     """Waits for a product's partial sums and adds them to the totals; the last wave's frees the slot."""
@@ -216,7 +225,7 @@ def _gemm(
                     if config.tile_scales:
                         scalars = (rhs_scale_smem[scale_slot, block],)
                     partial = plgpu.wgmma_accumulator_load(partial_ref, wait_n=in_flight)
-                    scales = column_scales(slot) if per_column else scalars
+                    scales = column_scales(slot) if per_column else scales_of_groups(scalars)
                     new = tuple(
                         _promote(total, partial[:, start : start + group], row_scales, scale)
                         for start, total, scale in zip(groups, totals[wave], scales, strict=True)
@@ -267,8 +276,9 @@ def _gemm(
                 for wave, start in itertools.product(range(waves), range(0, config.wg_columns, chunk)):
                     buffer = start // chunk % buffers
                     plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-                    values = totals[wave][start // group][:, start % group : start % group + chunk]
-                    out_smem[warpgroup, buffer] = values.astype(out_dtype)
+                    for at in range(0, chunk, group):
+                        values = totals[wave][(start + at) // group].astype(out_dtype)
+                        out_smem[warpgroup, buffer, :, pl.ds(at, group)] = values
                     plgpu.commit_smem()
                     target = out_gmem.at[pl.ds(row, rows), pl.ds(column + wg_column + start, chunk)]
                     add = None if accumulator_MN is None else 'add'
@@ -325,8 +335,20 @@ def _promote(total: Array, partial: Array, row_scale: Array, column_scale: Array
     return total + scaled * lax.broadcast_in_dim(row_scale, partial.shape, [0])
 
 
-def _swizzled(columns: int, dtype: DTypeLike = E4M3) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """Shared-memory layout of a tile whose rows are `columns` wide: free of bank conflicts, as wgmma and TMA take it."""
+def _output_chunk(columns: int, dtype: DTypeLike) -> int:
+    """Columns of one copy of results, at most 128 bytes of them, that shared memory takes without bank conflicts."""
+    itemsize = jnp.dtype(dtype).itemsize
+    widths = range(128 // itemsize, 0, -8)
+    return next(chunk for chunk in widths if columns % chunk == 0 and (chunk * itemsize in SWIZZLES or chunk % 16 == 8))
+
+
+def _swizzled(columns: int, dtype: DTypeLike = E4M3) -> tuple[plgpu.TilingTransform | plgpu.SwizzleTransform, ...]:
+    """Shared-memory layout of a tile whose rows are `columns` wide: free of bank conflicts, as wgmma and TMA take it.
+
+    Rows of an odd number of 8 columns are so without any: eight of them, of two banks a column pair, meet all banks.
+    """
+    if columns * jnp.dtype(dtype).itemsize not in SWIZZLES:
+        return ()
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * itemsize * 8)
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)  # pyright: ignore

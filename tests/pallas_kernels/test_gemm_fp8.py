@@ -134,6 +134,7 @@ INTERPRETED = [
     ((131, 192, 256), GemmConfig(wgs_m=1, wg_columns=64, stages=2, run=2, cluster_n=2), jnp.bfloat16),  # odd rows
     ((300, 128, 512), GemmConfig(wgs_m=1, waves=2, wg_columns=64, stages=2, run=1, cluster_n=2), jnp.bfloat16),
     ((70, 192, 640), GemmConfig(wgs_m=2, wg_columns=32, stages=3, run=4, tile_scales=True), jnp.bfloat16),
+    ((136, 448, 384), GemmConfig(wgs_m=2, wg_columns=120, stages=2, run=1), jnp.bfloat16),  # scales of two blocks
 ]
 
 
