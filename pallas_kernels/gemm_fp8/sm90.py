@@ -91,7 +91,7 @@ def _gemm(
     if config.tile_scales:
         rhs_scales_shape = (scale_slots, round_up(steps, 32))
     else:
-        rhs_scales_shape = (stages, columns) if per_column else (1, 32)
+        rhs_scales_shape = (stages, round_up(columns, 32)) if per_column else (1, 32)  # slots of whole 128 bytes
     lhs_axis = 'cluster' if config.cluster_n > 1 else None
     rhs_axis = 'cluster' if config.cluster_m > 1 else None
 
@@ -155,7 +155,8 @@ def _gemm(
                     if not config.tile_scales:
                         copy(lhs_scale_gmem.at[block, pl.ds(row, rows)], lhs_scale_smem.at[slot])
                     if per_column:
-                        copy(rhs_scale_gmem.at[block, pl.ds(column, columns)], rhs_scale_smem.at[slot])
+                        target = rhs_scale_smem.at[slot, pl.ds(0, columns)]
+                        copy(rhs_scale_gmem.at[block, pl.ds(column, columns)], target)
 
             total = for_each_tile(copy_tile)
 
