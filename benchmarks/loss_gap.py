@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument('--config', type=pathlib.Path, default=ROOT / 'configs' / 'train' / 'tiny_cpu.gin')
     parser.add_argument('--steps', type=int, default=200)
     parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=list(RECIPES), help='bf16 is always among them')
+    parser.add_argument(
+        '--recipes', nargs='+', choices=RECIPES, default=list(RECIPES), help='bf16 is always among them'
+    )
     options = parser.parse_args()
     if options.steps < LAST or options.seeds < 1:
         parser.error(f'--steps must be at least {LAST} and --seeds at least 1')

@@ -21,7 +21,7 @@ class Quantized(NamedTuple):
       values: e4m3. The contracted dimension is the last one (contiguous), as the tensor cores read it.
       scales: one a tile of `values`. Tiles of 1x128 (one row, 128 contracted values): (contracted blocks, rows), so that
         the scales of neighbouring rows are contiguous; rows are rounded up to a multiple of 128, since copies out
-        of shared memory in one dimension are not clipped. Blocks of 128x128: (row blocks, contracted blocks).
+        of shared memory in one dimension are not clipped; what stands for the added rows means nothing. Blocks of 128x128: (row blocks, contracted blocks).
     """
 
     values: Float[Array, 'rows contracted']

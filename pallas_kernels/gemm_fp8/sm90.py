@@ -32,7 +32,6 @@ from pallas_kernels.implementation import hopper_cores
 
 WGMMA = plgpu.Layout.WGMMA
 WAVE = 64  # rows of one wgmma
-SWIZZLES = (32, 64, 128)  # bytes
 # Registers a thread of the copying and of the math warpgroups: what is given up must cover what is taken.
 REGISTERS = {1: (40, 232), 2: (40, 232), 3: (56, 152)}
 
@@ -76,17 +75,15 @@ def _gemm(
     (m, k), n = lhs.values.shape, rhs.values.shape[0]
     cores = hopper_cores() or 132
     wave_size = WAVE * config.wgs_m
-    rows, columns, cluster = config.rows, config.columns, config.cluster_m * config.cluster_n
+    rows, columns, cluster = config.rows, config.columns, config.cluster
     tiles = (pl.cdiv(m, rows * config.cluster_m), pl.cdiv(n, columns * config.cluster_n))
     steps, stages, waves = blocks(k), config.stages, config.waves
     producer = config.warpgroups
-    chunk = _output_chunk(config.wg_columns, out_dtype)
+    chunk = math.gcd(128 // jnp.dtype(out_dtype).itemsize, config.wg_columns)
+    chunks = range(0, config.wg_columns, chunk)  # columns of one copy of results, and promoted together
     # A tile's copies use every buffer equally often: the oldest copy is then that of the buffer to be used next.
-    buffers = math.gcd(config.out_buffers, config.wg_columns // chunk)
-    straddles = not per_column and BLOCK % config.wg_columns > 0  # whether columns of a warpgroup lie in two blocks
-    group = math.gcd(BLOCK, chunk) if straddles else chunk  # columns promoted together
-    groups = range(0, config.wg_columns, group)
-    scale_slots = 2 if steps * rows * 8 <= 64 * 1024 else 1
+    buffers = math.gcd(config.out_buffers, len(chunks))
+    scale_slots = config.scale_slots(k)
     scale_width = round_up(steps, 4)  # copies are of whole 16 bytes
     if config.tile_scales:
         rhs_scales_shape = (scale_slots, round_up(steps, 32))
@@ -122,6 +119,10 @@ def _gemm(
         def slot_of(step):
             return lax.rem(step, jnp.int32(stages))
 
+        def arrived(slot, wave):
+            """The barrier of a wave's rows; with those of the first wave comes all else."""
+            return later.at[slot * (waves - 1) + wave - 1] if wave else full.at[slot]
+
         def scale_slot_of(first):
             return lax.rem(lax.div(first, jnp.int32(steps)), jnp.int32(scale_slots))
 
@@ -147,10 +148,8 @@ def _gemm(
                     copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
                     for wave in range(waves):
                         wave_rows = pl.ds(wave * wave_size, wave_size)
-                        source = lhs_gmem.at[pl.ds(row, rows), at].at[wave_rows]
-                        barrier = later.at[slot * (waves - 1) + wave - 1] if wave else full.at[slot]
-                        target = lhs_smem.at[slot, wave_rows]
-                        plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=lhs_axis)
+                        source, target = lhs_gmem.at[pl.ds(row, rows), at].at[wave_rows], lhs_smem.at[slot, wave_rows]
+                        plgpu.copy_gmem_to_smem(source, target, arrived(slot, wave), collective_axes=lhs_axis)
                     copy(rhs_gmem.at[pl.ds(column, columns), at], rhs_smem.at[slot], collective_axes=rhs_axis)
                     if not config.tile_scales:
                         copy(lhs_scale_gmem.at[block, pl.ds(row, rows)], lhs_scale_smem.at[slot])
@@ -197,89 +196,79 @@ def _gemm(
                     plgpu.barrier_wait(scales_full.at[scale_slot])
 
                 def weight_scales(start, count):
-                    """The scalars of this warpgroup's columns at `count` blocks of K, or at the last one past the end."""
+                    """The scales of this warpgroup's columns at `count` blocks of K, or at the last one past the end."""
                     if per_column or config.tile_scales:
-                        return ((),) * count
-                    first_block = lax.div(column + wg_column, jnp.int32(BLOCK))
-                    column_blocks = [lax.min(first_block + i, jnp.int32(blocks(n) - 1)) for i in range(1 + straddles)]
+                        return (None,) * count
+                    column_block = lax.min(lax.div(column + wg_column, jnp.int32(BLOCK)), jnp.int32(blocks(n) - 1))
                     at = [lax.min(start + index, jnp.int32(steps - 1)) for index in range(count)]
-                    return tuple(tuple(rhs_scale_gmem[j, block] for j in column_blocks) for block in at)
+                    return tuple(rhs_scale_gmem[column_block, block] for block in at)
 
-                def column_scales(slot):
-                    for start in groups:
-                        scales = rhs_scale_smem.at[slot, pl.ds(wg_column + start, group)]
-                        yield plgpu.load(scales, layout=WGMMA.reduce(0))
-
-                def scales_of_groups(scalars):
-                    """One of the scalars for each group of columns."""
-                    if not straddles:
-                        return scalars * len(groups)
-                    left = BLOCK - lax.rem(column + wg_column, jnp.int32(BLOCK))  # columns in the first block
-                    return [jnp.where(start < left, *scalars) for start in groups]
+                def scales_of(block, wave, weight_scale):
+                    """The scales of a wave's rows, and for each chunk of columns a scalar or those of the columns."""
+                    slot = slot_of(first + block)
+                    place = (scale_slot, block) if config.tile_scales else (slot,)
+                    row_scales = plgpu.load(lhs_scale_smem.at[*place, rows_of(wave)], layout=WGMMA.reduce(1))
+                    if not per_column:
+                        scale = rhs_scale_smem[scale_slot, block] if config.tile_scales else weight_scale
+                        return row_scales, [scale] * len(chunks)
+                    at = [rhs_scale_smem.at[slot, pl.ds(wg_column + start, chunk)] for start in chunks]
+                    return row_scales, (plgpu.load(scales, layout=WGMMA.reduce(0)) for scales in at)
 
                 def promote(product, in_flight, totals):
                     """Waits for a product's partial sums and adds them to the totals; the last wave's frees the slot."""
-                    block, wave, partial_ref, scalars = product
-                    slot = slot_of(first + block)
-                    scale_rows = (scale_slot, block) if config.tile_scales else (slot,)
-                    row_scales = plgpu.load(lhs_scale_smem.at[*scale_rows, rows_of(wave)], layout=WGMMA.reduce(1))
-                    if config.tile_scales:
-                        scalars = (rhs_scale_smem[scale_slot, block],)
+                    block, wave, weight_scale, partial_ref = product
+                    row_scales, column_scales = scales_of(block, wave, weight_scale)
                     partial = plgpu.wgmma_accumulator_load(partial_ref, wait_n=in_flight)
-                    scales = column_scales(slot) if per_column else scales_of_groups(scalars)
                     new = tuple(
-                        _promote(total, partial[:, start : start + group], row_scales, scale)
-                        for start, total, scale in zip(groups, totals[wave], scales, strict=True)
+                        _promote(total, partial[:, start : start + chunk], row_scales, scale)
+                        for start, total, scale in zip(chunks, totals[wave], column_scales, strict=True)
                     )
                     if wave == waves - 1:
                         if not config.tile_scales:
                             plgpu.commit_smem()  # between these reads of scales and the next copy to their place
-                        plgpu.barrier_arrive(empty.at[slot])
+                        plgpu.barrier_arrive(empty.at[slot_of(first + block)])
                     return (*totals[:wave], new, *totals[wave + 1 :])
 
                 def multiply(products, before, totals):
                     """Makes these products; each is in flight while the one before it is promoted."""
-                    (block, wave, scalars), *rest = products
+                    (block, wave, weight_scale), *rest = products
                     slot = slot_of(first + block)
-                    plgpu.barrier_wait(later.at[slot * (waves - 1) + wave - 1] if wave else full.at[slot])
+                    plgpu.barrier_wait(arrived(slot, wave))
 
                     def scope(partial_ref):
                         rhs_tile = rhs_smem.at[slot, pl.ds(wg_column, config.wg_columns)]
                         plgpu.wgmma(partial_ref, lhs_smem.at[slot, rows_of(wave)], rhs_tile.T)
-                        product = block, wave, partial_ref, scalars
+                        product = block, wave, weight_scale, partial_ref
                         new = promote(before, 1, totals) if before else totals
                         return multiply(rest, product, new) if rest else promote(product, 0, new)
 
                     return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((WAVE, config.wg_columns), jnp.float32))
 
-                def add_blocks(start, scalars, totals):
-                    products = [(start + i, wave, scalars[i]) for i in range(len(scalars)) for wave in range(waves)]
+                def add_blocks(start, scales, totals):
+                    products = [(start + i, wave, scale) for i, scale in enumerate(scales) for wave in range(waves)]
                     for chain in itertools.batched(products, config.run):
                         totals = multiply(chain, None, totals)
                     return totals
 
                 def add_round(index, carry):
-                    scalars, totals = carry
-                    # Those of the next round, so that nothing waits for them.
-                    ahead = weight_scales((index + 1) * count, count)
-                    return ahead, add_blocks(index * count, scalars, totals)
+                    scales, totals = carry
+                    ahead = weight_scales((index + 1) * count, count)  # early, so that no product waits for them
+                    return ahead, add_blocks(index * count, scales, totals)
 
-                zeros = plgpu.layout_cast(jnp.zeros((WAVE, group), jnp.float32), WGMMA)
+                zeros = plgpu.layout_cast(jnp.zeros((WAVE, chunk), jnp.float32), WGMMA)
                 count = max(1, config.run // waves)
                 rounds, rest = divmod(steps, count)
-                carry = weight_scales(jnp.int32(0), count), ((zeros,) * len(groups),) * waves
-                scalars, totals = lax.fori_loop(0, rounds, add_round, carry)
+                carry = weight_scales(jnp.int32(0), count), ((zeros,) * len(chunks),) * waves
+                scales, totals = lax.fori_loop(0, rounds, add_round, carry)
                 if rest:
-                    totals = add_blocks(jnp.int32(rounds * count), scalars[:rest], totals)
+                    totals = add_blocks(jnp.int32(rounds * count), scales[:rest], totals)
                 if config.tile_scales:
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(scales_empty.at[scale_slot])
-                for wave, start in itertools.product(range(waves), range(0, config.wg_columns, chunk)):
+                for wave, start in itertools.product(range(waves), chunks):
                     buffer = start // chunk % buffers
                     plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-                    for at in range(0, chunk, group):
-                        values = totals[wave][(start + at) // group].astype(out_dtype)
-                        out_smem[warpgroup, buffer, :, pl.ds(at, group)] = values
+                    out_smem[warpgroup, buffer] = totals[wave][start // chunk].astype(out_dtype)
                     plgpu.commit_smem()
                     target = out_gmem.at[pl.ds(row, rows), pl.ds(column + wg_column + start, chunk)]
                     add = None if accumulator_MN is None else 'add'
@@ -336,20 +325,8 @@ def _promote(total: Array, partial: Array, row_scale: Array, column_scale: Array
     return total + scaled * lax.broadcast_in_dim(row_scale, partial.shape, [0])
 
 
-def _output_chunk(columns: int, dtype: DTypeLike) -> int:
-    """Columns of one copy of results, at most 128 bytes of them, that shared memory takes without bank conflicts."""
-    itemsize = jnp.dtype(dtype).itemsize
-    widths = range(128 // itemsize, 0, -8)
-    return next(chunk for chunk in widths if columns % chunk == 0 and (chunk * itemsize in SWIZZLES or chunk % 16 == 8))
-
-
-def _swizzled(columns: int, dtype: DTypeLike = E4M3) -> tuple[plgpu.TilingTransform | plgpu.SwizzleTransform, ...]:
-    """Shared-memory layout of a tile whose rows are `columns` wide: free of bank conflicts, as wgmma and TMA take it.
-
-    Rows of an odd number of 8 columns are so without any: eight of them, of two banks a column pair, meet all banks.
-    """
-    if columns * jnp.dtype(dtype).itemsize not in SWIZZLES:
-        return ()
+def _swizzled(columns: int, dtype: DTypeLike = E4M3) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Shared-memory layout of a tile whose rows are `columns` wide: free of bank conflicts, as wgmma and TMA take it."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * itemsize * 8)
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)  # pyright: ignore

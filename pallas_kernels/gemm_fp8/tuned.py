@@ -2,6 +2,13 @@
 
 import dataclasses
 
+from pallas_kernels.fp8 import BLOCK, blocks
+
+CORES = 132
+SHARED_BYTES = 232_448
+RESERVED_BYTES = 2048  # for barriers and alignment
+MAX_STAGES = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class GemmConfig:
@@ -9,13 +16,14 @@ class GemmConfig:
 
     Attributes:
       wgs_m, wgs_n: math warpgroups of a block along rows and along columns; three in all at most.
-      wg_columns: columns a warpgroup owns.
+      wg_columns: columns a warpgroup owns; they divide 128.
       waves: times 64 rows that a warpgroup owns; it multiplies them one after the other.
       stages: slots of the operand ring.
       run: products that follow each other without a pause: above 1 two of them are in flight, which takes registers
-        for two partial sums. Two math warpgroups of one wave have them.
+        for two partial sums. One or two math warpgroups of one wave have them.
       tile_scales: scales of a tile come in one copy before its first block of K and not with each block. For few rows:
         a block then takes less time than the fence between reads of its scales and the next copy to their place.
+        One block of 128 columns a tile, no cluster, `gemm_fp8` only.
       cluster_m, cluster_n: blocks of a cluster along rows (they share the right operand) or along columns.
       minor, width: order of the tiles: the dimension that moves fastest (0 rows, 1 columns) within a band this wide.
       out_buffers: output chunks a warpgroup may have in flight.
@@ -46,40 +54,61 @@ class GemmConfig:
     def columns(self) -> int:
         return self.wgs_n * self.wg_columns
 
+    @property
+    def cluster(self) -> int:
+        return self.cluster_m * self.cluster_n
 
+    def scale_slots(self, k: int) -> int:
+        """Slots for the scales of a whole tile: two, unless they are large."""
+        return 2 if blocks(k) * self.rows * 8 <= 64 * 1024 else 1
+
+    def with_stages(self, k: int) -> 'GemmConfig':
+        """As many slots as shared memory has room for beside the scales of a tile and the results."""
+        scales = self.scale_slots(k) * blocks(k) * (self.rows + 32) * 4 if self.tile_scales else 0
+        results = self.warpgroups * self.out_buffers * 64 * min(self.wg_columns * 4, 128)
+        slot = (self.rows + self.columns) * (BLOCK + 4)
+        room = SHARED_BYTES - RESERVED_BYTES - scales - results
+        return dataclasses.replace(self, stages=min(MAX_STAGES, room // slot))
+
+
+# Many rows: blocks of 192x128 and 128x256, the latter of two waves, and squares.
 _WIDE = GemmConfig(wgs_m=3, stages=4, run=1, out_buffers=2)
 _WIDE_SHARED = dataclasses.replace(_WIDE, cluster_n=2)
-_TALL = GemmConfig(wgs_m=2, waves=2, stages=4, run=1)
-_TALL_SHARED = dataclasses.replace(_TALL, cluster_n=2)
-_SQUARE = GemmConfig(run=1)
+_LONG_SHARED = GemmConfig(wgs_m=1, wgs_n=2, waves=2, stages=4, run=1, cluster_m=2)
 _SQUARE_SHARED = GemmConfig(cluster_n=2)
-_NARROW = GemmConfig(wg_columns=32, stages=8, out_buffers=2)
-_MIDDLE = GemmConfig(wg_columns=64, stages=7, run=1, out_buffers=2)
-_SHORT = GemmConfig(stages=5, out_buffers=2)
 
-_ANY = 1 << 31
+# How fast a block computes, relative to the first: the tiles of a product divided among the multiprocessors take whole
+# rounds, and the time of a round is the size of a tile over this rate.
+_MANY_ROWS = {_WIDE_SHARED: 1.0, _LONG_SHARED: 0.93, _SQUARE_SHARED: 0.9}
+_FEW_ROWS_RATES = {16: 0.25, 32: 0.4, 64: 0.7, 128: 0.9}
 
-# (N, K) -> configurations for up to so many rows; what is not listed takes the default.
-_GEMM: dict[tuple[int, int], dict[int, GemmConfig]] = {
-    (2112, 7168): {_ANY: _WIDE_SHARED},
-    (24576, 1536): {128: _MIDDLE, _ANY: _WIDE_SHARED},
-    (32768, 512): {128: _SHORT},
-    (7168, 16384): {128: _MIDDLE, _ANY: _WIDE_SHARED},
-    # 22 x 32 wide tiles are 5.3 rounds of 132 multiprocessors, 32 x 32 square ones 7.8.
-    (4096, 7168): {4096: _SQUARE_SHARED, _ANY: _WIDE_SHARED},
-    (7168, 2048): {128: _MIDDLE, _ANY: _WIDE_SHARED},
-    # Gradients of inputs. 88 wide tiles would leave a third of the multiprocessors idle.
-    (512, 32768): {4096: _SQUARE},
-}
-_DEFAULT = {128: _NARROW, _ANY: _WIDE}
+
+def _few_rows(m: int, k: int) -> dict[GemmConfig, float]:
+    """Blocks of 64 or 128 rows, which is all of them up to 128: weights are then read once."""
+    wgs_m = 1 if m <= 64 else 2
+    configs = {}
+    for columns, rate in _FEW_ROWS_RATES.items():
+        config = GemmConfig(
+            wgs_m=wgs_m,
+            wg_columns=columns,
+            run=1 if wgs_m == 2 and columns == 64 else 4,
+            # There the scales of a tile leave too little room for operands.
+            tile_scales=not (wgs_m == 2 and columns == 32),
+        )
+        configs[config.with_stages(k)] = rate
+    return configs
 
 
 def gemm_config(m: int, n: int, k: int) -> GemmConfig:
-    """The configuration for activations (M, K) by a weight (N, K)."""
-    table = _DEFAULT | _GEMM.get((n, k), {})
-    config = table[min(rows for rows in table if m <= rows)]
-    # One wave of 64 rows needs one warpgroup.
-    return dataclasses.replace(config, wgs_m=1) if m <= 64 else config
+    """The configuration for activations (M, K) by a weight (N, K): that of the least estimated time."""
+    configs = (_few_rows(m, k) if m <= 512 else {}) | (_MANY_ROWS if m > 128 else {})
+    return min(configs, key=lambda config: rounds(config, m, n) * config.rows * config.columns / configs[config])
+
+
+def rounds(config: GemmConfig, m: int, n: int) -> int:
+    """How many tiles the busiest multiprocessor computes."""
+    clusters = -(-m // (config.rows * config.cluster_m)) * -(-n // (config.columns * config.cluster_n))
+    return -(-clusters // (CORES // config.cluster))
 
 
 def wgrad_config(m: int, n: int, k: int) -> GemmConfig:
@@ -90,16 +119,13 @@ def wgrad_config(m: int, n: int, k: int) -> GemmConfig:
 
 def candidates(operation: str, m: int, n: int, k: int) -> list[GemmConfig]:
     """Configurations worth timing at a shape."""
-    del n, k
+    del n
     if operation == 'gemm_fp8' and m <= 128:
-        wgs_m = 1 if m <= 64 else 2
-        return [
-            GemmConfig(wgs_m=wgs_m, wgs_n=wgs_n, wg_columns=columns, stages=stages, run=run, out_buffers=2)
-            for wgs_n, columns, stages in ((1, 32, 8), (1, 64, 7), (1, 128, 5), (2 if wgs_m == 1 else 1, 32, 6))
-            for run in (1, 4)
-        ]
-    wide = [_WIDE, _WIDE_SHARED, dataclasses.replace(_WIDE, cluster_m=2)]
+        few = [dataclasses.replace(config, run=run) for config in _few_rows(m, k) for run in (1, 4)]
+        other = [dataclasses.replace(config, tile_scales=not config.tile_scales) for config in few]
+        return few + [config.with_stages(k) for config in other]
+    wide = [_WIDE, _WIDE_SHARED, dataclasses.replace(_WIDE, cluster_m=2), _LONG_SHARED]
+    wide.append(dataclasses.replace(_LONG_SHARED, wgs_m=2, wgs_n=1, cluster_m=1, cluster_n=2))
     if operation == 'wgrad_fp8':
         return [*wide, GemmConfig(run=2, cluster_n=2), GemmConfig(run=1, cluster_n=2)]
-    pairs = [GemmConfig(run=run, cluster_n=2) for run in (2, 4, 8)]
-    return [*wide, *pairs, GemmConfig(cluster_m=2), GemmConfig(run=2), GemmConfig(stages=5, out_buffers=2)]
+    return [*wide, *(GemmConfig(run=run, cluster_n=2) for run in (2, 4)), GemmConfig(cluster_m=2), GemmConfig(run=2)]

@@ -101,7 +101,7 @@ def quantize_rows(x_MK: Array, power_of_two: bool) -> Quantized:
     M, K = x_MK.shape
     tiles_Mk128 = _tiles(x_MK, round_up(M, BLOCK))
     scales_Mk, multiplier_Mk = scale_and_multiplier(_amax(tiles_Mk128, axis=2), power_of_two)
-    values = (tiles_Mk128 * multiplier_Mk[:, :, None]).astype(E4M3)
+    values = _e4m3(tiles_Mk128 * multiplier_Mk[:, :, None])
     return Quantized(values.reshape(values.shape[0], -1)[:M, :K], scales_Mk.T)
 
 
@@ -120,7 +120,7 @@ def quantize_blocks(w_KN: Array, power_of_two: bool) -> tuple[Quantized, Quantiz
     K, N = w_KN.shape
     tiles = _tiles(w_KN, round_up(K, BLOCK)).reshape(blocks(K), BLOCK, blocks(N), BLOCK)
     scales_kn, multiplier_kn = scale_and_multiplier(_amax(tiles, axis=(1, 3)), power_of_two)
-    values = (tiles * multiplier_kn[:, None, :, None]).astype(E4M3)
+    values = _e4m3(tiles * multiplier_kn[:, None, :, None])
     values_KN = values.reshape(blocks(K) * BLOCK, blocks(N) * BLOCK)[:K, :N]
     return Quantized(values_KN, scales_kn), Quantized(values_KN.T, scales_kn.T)
 
@@ -142,6 +142,11 @@ def dequantize_e5m6(packed: E5M6, dtype: jax.typing.DTypeLike) -> Float[Array, '
     half_MK = (packed.high_MK.astype(jnp.uint16) << 8) | (low_MK.astype(jnp.uint16) << 4)
     values_MK = jax.lax.bitcast_convert_type(half_MK, jnp.float16).astype(jnp.float32)
     return (values_MK * jnp.repeat(packed.scales_kQ.T[:M], BLOCK, axis=1)).astype(dtype)
+
+
+def _e4m3(x: Array) -> Array:
+    """Rounds to float8. The barrier keeps XLA from cancelling this against a later conversion to a wider type."""
+    return jax.lax.optimization_barrier(x.astype(E4M3))
 
 
 def _power_of_two(amax: Array, floor: float, exponent: int, mantissa: int) -> tuple[Array, Array]:

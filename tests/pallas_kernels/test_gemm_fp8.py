@@ -53,6 +53,8 @@ def float64(x: Quantized, tile_rows: int) -> np.ndarray:
 
 def similarity_error(x: jax.Array, y: jax.Array) -> float:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if not x.any() and not y.any():
+        return 0.0
     scale = max(np.abs(y).max(), 1e-300)
     x, y = x / scale, y / scale
     return 1 - 2 * (x * y).sum() / (x * x + y * y).sum()
@@ -134,7 +136,6 @@ INTERPRETED = [
     ((131, 192, 256), GemmConfig(wgs_m=1, wg_columns=64, stages=2, run=2, cluster_n=2), jnp.bfloat16),  # odd rows
     ((300, 128, 512), GemmConfig(wgs_m=1, waves=2, wg_columns=64, stages=2, run=1, cluster_n=2), jnp.bfloat16),
     ((70, 192, 640), GemmConfig(wgs_m=2, wg_columns=32, stages=3, run=4, tile_scales=True), jnp.bfloat16),
-    ((136, 448, 384), GemmConfig(wgs_m=2, wg_columns=120, stages=2, run=1), jnp.bfloat16),  # scales of two blocks
 ]
 
 
@@ -196,7 +197,7 @@ def test_gemm_compiles_for_hopper_without_spills(m, n, k):
     )
     assert report.problems() == []
     # Four products of 32 contracted values a block, for each block of a run and of the run that is cut short.
-    copies = config.run + blocks(k) % config.run if blocks(k) >= config.run else blocks(k)
+    copies = config.waves * (config.run + blocks(k) % config.run if blocks(k) >= config.run else blocks(k))
     assert report.kernels['gemm_fp8'].instructions['QGMMA'] == 4 * copies
 
 
@@ -268,7 +269,7 @@ def test_gpu_wgrad_of_quantised_inputs_equals_the_reference(tokens, m, n):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('operation', ['gemm_fp8', 'wgrad_fp8'])
-@pytest.mark.parametrize('m', [128, 4096])
+@pytest.mark.parametrize('m', [64, 128, 4096])
 def test_gpu_every_candidate_equals_the_reference(operation, m):
     n, k = 2112, 2048
     gemm = operation == 'gemm_fp8'

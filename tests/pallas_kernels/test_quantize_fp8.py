@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.fp8 import Quantized
 from pallas_kernels.quantize_fp8 import api, reference, sm90, tuned
 from tests.pallas_kernels.hopper import DEVICE, compile_for_h100, needs_hopper_tools
 
@@ -45,6 +46,12 @@ def jitted(function, x, **options):
 
 def f64(x):
     return np.asarray(x).astype(np.float64)
+
+
+def without_padding(results):
+    """The results without the scales of rows that do not exist."""
+    cut = lambda x: x._replace(scales=x.scales[:, : len(x.values)]) if isinstance(x, Quantized) else x  # noqa: E731
+    return jax.tree.map(cut, results, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def assert_equal(ours, theirs):
@@ -257,7 +264,7 @@ def test_kernel_on_the_device_equals_reference(operation, config, M, K, dtype):
             ours = kernel(x)
             if operation == 'e5m6' and kind == 'nan':
                 ours, expected = map(api.dequantize_e5m6, (ours, expected))  # there are many NaNs
-            assert_equal(ours, expected)
+            assert_equal(without_padding(ours), without_padding(expected))
 
 
 def test_float32_weights_and_bfloat16_activations_are_served():
