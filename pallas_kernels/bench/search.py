@@ -115,7 +115,7 @@ def try_candidates(space: Space, case: Case, clock: Clock, budget: float) -> lis
         us = None
         if work is not None:
             try:
-                results, _ = checks.in_poisoned_memory(work.enqueue)
+                results, _ = checks.in_poisoned_memory(work.run_once)
                 error = checks.difference(case.dense(results[0]), expected)
                 del results
                 if error <= ERROR_LIMIT:

@@ -78,6 +78,12 @@ class JaxWork:
         jax.block_until_ready(self._results)
         self._results = None
 
+    def run_once(self) -> Any:
+        """The results of every call, of which nothing is kept here."""
+        results = self.enqueue()
+        self.wait()
+        return results
+
     def span(self, passes: int) -> float:
         start = time.perf_counter()
         for _ in range(passes):

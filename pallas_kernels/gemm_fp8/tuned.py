@@ -7,7 +7,7 @@ from pallas_kernels.fp8 import BLOCK, blocks
 CORES = 132
 SHARED_BYTES = 232_448
 RESERVED_BYTES = 2048  # for barriers and alignment
-MAX_STAGES = 16
+ROWS_IN_FLIGHT = 1024  # of the left operand; more were slower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,12 @@ class GemmConfig:
         return 2 if blocks(k) * self.rows * 8 <= 64 * 1024 else 1
 
     def with_stages(self, k: int) -> 'GemmConfig':
-        """As many slots as shared memory has room for beside the scales of a tile and the results."""
+        """As many slots as serve and as shared memory has room for beside the scales of a tile and the results."""
         scales = self.scale_slots(k) * blocks(k) * (self.rows + 32) * 4 if self.tile_scales else 0
         results = self.warpgroups * self.out_buffers * 64 * min(self.wg_columns * 4, 128)
         slot = (self.rows + self.columns) * (BLOCK + 4)
         room = SHARED_BYTES - RESERVED_BYTES - scales - results
-        return dataclasses.replace(self, stages=min(MAX_STAGES, room // slot))
+        return dataclasses.replace(self, stages=min(ROWS_IN_FLIGHT // self.rows, room // slot))
 
 
 # Many rows: blocks of 192x128 and 128x256, the latter of two waves, and squares.
