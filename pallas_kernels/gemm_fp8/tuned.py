@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.fp8 import BLOCK, blocks
+from pallas_kernels.fp8 import BLOCK, blocks, round_up
 
 CORES = 132
 SHARED_BYTES = 232_448
@@ -64,10 +64,10 @@ class GemmConfig:
 
     def with_stages(self, k: int) -> 'GemmConfig':
         """As many slots as serve and as shared memory has room for beside the scales of a tile and the results."""
-        scales = self.scale_slots(k) * blocks(k) * (self.rows + 32) * 4 if self.tile_scales else 0
+        scales = self.scale_slots(k) * 4 * (blocks(k) * self.rows + round_up(blocks(k), 32))
         results = self.warpgroups * self.out_buffers * 64 * min(self.wg_columns * 4, 128)
-        slot = (self.rows + self.columns) * (BLOCK + 4)
-        room = SHARED_BYTES - RESERVED_BYTES - scales - results
+        room = SHARED_BYTES - RESERVED_BYTES - results - (scales if self.tile_scales else 0)
+        slot = (self.rows + self.columns) * (BLOCK if self.tile_scales else BLOCK + 4)
         return dataclasses.replace(self, stages=min(ROWS_IN_FLIGHT // self.rows, room // slot))
 
 
