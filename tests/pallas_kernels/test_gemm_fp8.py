@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels as pk
 from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
-from pallas_kernels.gemm_fp8 import sm90, tuned
+from pallas_kernels.gemm_fp8 import kernel, sm90, tuned
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
 from pallas_kernels.implementation import choose
 from tests.pallas_kernels.hopper import compile_for_h100, needs_hopper_tools
@@ -139,9 +139,9 @@ INTERPRETED = [
 ]
 
 
-def interpreted(capfd, kernel, *operands, **options) -> jax.Array:
+def interpreted(capfd, function, *operands, **options) -> jax.Array:
     """The kernel's result on the CPU; fails if the interpreter saw a race."""
-    out_MN = kernel(*operands, **options, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    out_MN = function(*operands, **options, interpret=plgpu.InterpretGPUParams(detect_races=True))
     out_MN.block_until_ready()
     captured = capfd.readouterr()
     assert 'RACE' not in captured.out + captured.err
@@ -153,7 +153,7 @@ def interpreted(capfd, kernel, *operands, **options) -> jax.Array:
 def test_interpreted_gemm_equals_the_reference(shape, config, out_dtype, capfd, monkeypatch):
     m, n, k = shape
     # Few blocks, so that each walks over several tiles.
-    monkeypatch.setattr(sm90, 'hopper_cores', lambda: 2)
+    monkeypatch.setattr(kernel, 'hopper_cores', lambda: 2)
     lhs, rhs = rows(0, m, k), weight(1, n, k)
     got = interpreted(capfd, sm90.gemm_fp8, lhs, rhs, jnp.dtype(out_dtype), config)
     assert_near(got, pk.gemm_fp8(lhs, rhs, out_dtype=jnp.float32, implementation='reference'))
@@ -161,7 +161,7 @@ def test_interpreted_gemm_equals_the_reference(shape, config, out_dtype, capfd, 
 
 @pytest.mark.timeout(120)
 def test_interpreted_wgrad_equals_the_reference(capfd, monkeypatch):
-    monkeypatch.setattr(sm90, 'hopper_cores', lambda: 2)
+    monkeypatch.setattr(kernel, 'hopper_cores', lambda: 2)
     lhs, rhs = rows(0, 192, 384), rows(1, 128, 384)
     config = GemmConfig(wgs_m=2, wg_columns=64, stages=2, run=2)
     got = interpreted(capfd, sm90.wgrad_fp8, lhs, rhs, None, config)
@@ -220,7 +220,7 @@ def test_every_candidate_fits_shared_memory(operation):
             slot = (config.rows + config.columns) * (BLOCK + 4)
             chunks = config.out_buffers * config.warpgroups * 64 * 128
             assert config.stages * slot + chunks <= 232_448 - 1024, config
-            assert config.warpgroups in sm90.REGISTERS
+            assert config.warpgroups in kernel.REGISTERS
 
 
 def poison(shape: tuple[int, int], dtype: jnp.dtype) -> None:
