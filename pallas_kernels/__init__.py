@@ -8,6 +8,7 @@ by name and cannot serve its input raises, it never falls back.
 from pallas_kernels.fp8 import Quantized
 from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
 from pallas_kernels.grouped_gemm.api import grouped_gemm
+from pallas_kernels.grouped_gemm_fp8.api import grouped_gemm_fp8, grouped_wgrad_fp8, masked_gemm_fp8
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.linear_fp8.api import QuantizedWeight, linear_fp8, linears_fp8
 from pallas_kernels.quantize_fp8.api import (
@@ -28,8 +29,11 @@ __all__ = [
     'dequantize_e5m6',
     'gemm_fp8',
     'grouped_gemm',
+    'grouped_gemm_fp8',
+    'grouped_wgrad_fp8',
     'linear_fp8',
     'linears_fp8',
+    'masked_gemm_fp8',
     'quantize_blocks',
     'quantize_columns',
     'quantize_e5m6',

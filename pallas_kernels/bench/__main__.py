@@ -19,6 +19,7 @@ from pallas_kernels.bench import (
     accumulation,
     cases,
     gemm_fp8,
+    grouped_gemm_fp8,
     linear_fp8,
     peers,
     quantize_fp8,
@@ -35,6 +36,7 @@ CASES = {
     'wgrad_fp8': wgrad_fp8.cases,
     'quantize_fp8': quantize_fp8.cases,
     'linear_fp8': linear_fp8.cases,
+    'grouped_gemm_fp8': grouped_gemm_fp8.cases,
 }
 OPS = [*CASES, 'accumulation']
 

@@ -151,7 +151,8 @@ def measure(case: Case, clock: Clock) -> Row:
                 works += peers.copies(row.bytes)
             else:
                 peer = case.peer(sets)
-                row = dataclasses.replace(row, peer_error=checks.difference(peer.results(), expected))
+                if peer.results:
+                    row = dataclasses.replace(row, peer_error=checks.difference(peer.results(), expected))
                 works.append(peer.work)
         except Exception as error:  # torch missing, or a shape that the peer does not serve
             row = dataclasses.replace(row, peer_failure=first_line(error))

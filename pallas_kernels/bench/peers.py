@@ -21,10 +21,10 @@ CEILING_BYTES = 2**31
 
 
 class PeerWork(NamedTuple):
-    """The peer's calls, and its results for the first input set as jax arrays."""
+    """The peer's calls, and its results for the first input set as jax arrays, if it computes the same numbers."""
 
     work: Work
-    results: Callable[[], Any]
+    results: Callable[[], Any] | None
 
 
 @functools.cache
@@ -76,6 +76,23 @@ def scaled_products(sets: Sequence[tuple[Quantized, Quantized]], *, blocks: bool
             )
         )
     return PeerWork(TorchWork(torch, calls), lambda: from_torch(calls[0]()))
+
+
+def rowwise_grouped_products(sets: Sequence[tuple[Quantized, Quantized, jax.Array]], ends_E: jax.Array) -> PeerWork:
+    """torch's grouped FP8 product, of coarser scales: one a row and one a column, here all ones. bfloat16.
+
+    Args:
+      sets: values (M, K) and (E, N, K).
+      ends_E: int32 row past each group's last.
+    """
+    torch = load_torch()
+    ends = to_torch(ends_E)
+    calls = []
+    for lhs, rhs, _ in sets:
+        ones = [torch.ones(shape, device='cuda') for shape in (lhs.values.shape[:1], rhs.values.shape[:2])]
+        operands = to_torch(lhs.values), to_torch(rhs.values).transpose(1, 2), *ones, ends
+        calls.append(functools.partial(torch._scaled_grouped_mm, *operands, out_dtype=torch.bfloat16))
+    return PeerWork(TorchWork(torch, calls), None)
 
 
 def from_torch(x: Any) -> jax.Array:

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.bench import checks, gemm_fp8, quantize_fp8, wgrad_fp8
+from pallas_kernels.bench import checks, gemm_fp8, grouped_gemm_fp8, quantize_fp8, wgrad_fp8
 from pallas_kernels.bench.cases import Case, first_line, with_rows
 from pallas_kernels.bench.timing import Clock, JaxWork
 from pallas_kernels.gemm_fp8 import sm90 as gemm_sm90
 from pallas_kernels.gemm_fp8 import tuned as gemm_tuned
+from pallas_kernels.grouped_gemm_fp8 import sm90 as grouped_sm90
+from pallas_kernels.grouped_gemm_fp8 import tuned as grouped_tuned
 from pallas_kernels.quantize_fp8 import sm90 as quantize_sm90
 from pallas_kernels.quantize_fp8 import tuned as quantize_tuned
 
@@ -50,6 +52,17 @@ def _gemm_run(case: Case, config: Any) -> Callable[..., Any]:
     return lambda lhs, rhs: gemm_sm90.gemm_fp8(lhs, rhs, jnp.dtype(jnp.bfloat16), config=config)
 
 
+def _grouped_run(case: Case, config: Any) -> Callable[..., Any]:
+    kernel = getattr(grouped_sm90, case.op)
+    last = None if case.op == 'grouped_wgrad_fp8' else jnp.dtype(jnp.bfloat16)
+    return lambda lhs, rhs, sizes_E: kernel(lhs, rhs, sizes_E, last, config=config)
+
+
+def _grouped_candidates(case: Case) -> Sequence[Any]:
+    m, n, k, groups = case.shape.values()
+    return grouped_tuned.candidates(case.op, m, groups, n, k)
+
+
 def _quantize_key(case: Case) -> dict[str, Any]:
     operation, dtype = case.name.split()
     rows, columns = case.shape.values()
@@ -67,6 +80,12 @@ SPACES = {
     ),
     'wgrad_fp8': Space(
         wgrad_fp8.cases, _gemm_key, lambda case: gemm_tuned.candidates(case.op, **_gemm_key(case)), _gemm_run
+    ),
+    'grouped_gemm_fp8': Space(
+        grouped_gemm_fp8.cases,
+        lambda case: {'operation': case.op, 'groups': case.name, **_gemm_key(case)},
+        _grouped_candidates,
+        _grouped_run,
     ),
     'quantize_fp8': Space(
         quantize_fp8.cases,

@@ -88,7 +88,8 @@ def row_groups(row_T: Array, group_T: Array, count_1: Array, n: int, k: int, con
     def place(linear: Any, member: Any, row_T: Any, group_T: Any, count_1: Any) -> Place:
         tile, column = plgpu.planar_snake(linear, (count_1[0], columns), config.minor, config.width)
         column = (column * config.cluster_n + member) * config.columns
-        return Place(row_T[tile], column, group_T[tile], jnp.int32(0), blocks(k))
+        # Mosaic wants to know that tiles of 8 rows are not cut.
+        return Place(pl.multiple_of(row_T[tile], WAVE), column, group_T[tile], jnp.int32(0), blocks(k))
 
     return Schedule((row_T, group_T, count_1), number, place)
 

@@ -83,7 +83,7 @@ _MANY_ROWS = {_WIDE_SHARED: 1.0, _LONG_SHARED: 0.93, _SQUARE_SHARED: 0.9}
 _FEW_ROWS_RATES = {16: 0.25, 32: 0.4, 64: 0.7, 128: 0.9}
 
 
-def _few_rows(m: int, k: int) -> dict[GemmConfig, float]:
+def few_rows(m: int, k: int) -> dict[GemmConfig, float]:
     """Blocks of 64 or 128 rows, which is all of them up to 128: weights are then read once."""
     wgs_m = 1 if m <= 64 else 2
     configs = {}
@@ -91,7 +91,7 @@ def _few_rows(m: int, k: int) -> dict[GemmConfig, float]:
         config = GemmConfig(
             wgs_m=wgs_m,
             wg_columns=columns,
-            run=1 if wgs_m == 2 and columns == 64 else 4,
+            run=1 if wgs_m == 2 and columns >= 64 else 4,
             # There the scales of a tile leave too little room for operands.
             tile_scales=not (wgs_m == 2 and columns == 32),
         )
@@ -101,7 +101,7 @@ def _few_rows(m: int, k: int) -> dict[GemmConfig, float]:
 
 def gemm_config(m: int, n: int, k: int) -> GemmConfig:
     """The configuration for activations (M, K) by a weight (N, K): that of the least estimated time."""
-    configs = (_few_rows(m, k) if m <= 512 else {}) | (_MANY_ROWS if m > 128 else {})
+    configs = (few_rows(m, k) if m <= 512 else {}) | (_MANY_ROWS if m > 128 else {})
     return min(configs, key=lambda config: rounds(config, m, n) * config.rows * config.columns / configs[config])
 
 
@@ -121,7 +121,7 @@ def candidates(operation: str, m: int, n: int, k: int) -> list[GemmConfig]:
     """Configurations worth timing at a shape."""
     del n
     if operation == 'gemm_fp8' and m <= 128:
-        few = [dataclasses.replace(config, run=run) for config in _few_rows(m, k) for run in (1, 4)]
+        few = [dataclasses.replace(config, run=run) for config in few_rows(m, k) for run in (1, 4)]
         other = [dataclasses.replace(config, tile_scales=not config.tile_scales) for config in few]
         return few + [config.with_stages(k) for config in other]
     wide = [_WIDE, _WIDE_SHARED, dataclasses.replace(_WIDE, cluster_m=2), _LONG_SHARED]

@@ -1,0 +1,43 @@
+"""Tile sizes of the grouped products on Hopper, from those of the dense ones; `python -m pallas_kernels.bench search`."""
+
+import dataclasses
+
+from pallas_kernels.gemm_fp8 import tuned as dense
+from pallas_kernels.gemm_fp8.tuned import GemmConfig
+
+# 128 rows, which lie in one group: 128x256 of two waves, clusters share rows. Rows move fastest, since only their number
+# is unknown.
+_LONG = GemmConfig(wgs_m=1, wgs_n=2, waves=2, stages=4, run=1, cluster_n=2, minor=0)
+_SQUARE = GemmConfig(cluster_n=2, minor=0)
+_WIDE = GemmConfig(wgs_m=3, stages=4, run=1, out_buffers=2)
+
+
+def grouped_config(m: int, n: int, k: int) -> GemmConfig:
+    """For rows (M, K) in the contiguous layout and weights (E, N, K)."""
+    del m, n, k
+    return _LONG
+
+
+def masked_config(m: int, groups: int, n: int, k: int) -> GemmConfig:
+    """For M / groups rows a group: blocks of 64 or 128 of them, since no more are expected, so that weights are read once."""
+    rows = 128 if m // groups % 128 == 0 else 64
+    configs = dense.few_rows(rows, k)
+    return min(configs, key=lambda config: dense.rounds(config, m, n) * config.columns / configs[config])
+
+
+def wgrad_config(m: int, n: int) -> GemmConfig:
+    """For gradients (E, M, N)."""
+    del m, n
+    return _WIDE
+
+
+def candidates(operation: str, m: int, groups: int, n: int, k: int) -> list[GemmConfig]:
+    """Configurations worth timing at a shape."""
+    if operation == 'masked_gemm_fp8':
+        rows = 128 if m // groups % 128 == 0 else 64
+        return list(dense.few_rows(rows, k))
+    replace = dataclasses.replace
+    if operation == 'grouped_wgrad_fp8':
+        return [_WIDE, replace(_WIDE, cluster_n=2), replace(_WIDE, cluster_m=2)]
+    alone = replace(_LONG, cluster_n=1)
+    return [_LONG, alone, replace(_LONG, minor=1), _SQUARE, replace(_SQUARE, run=2), replace(_SQUARE, cluster_n=1)]
