@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_jax import mla, moe, names, router
+from deepseek_jax import mla, moe, names, ops, router
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.norm import rms_norm
@@ -74,7 +74,7 @@ def declare(module: nn.Module, config: ModelConfig, names_: tuple[str, ...], **s
 
 
 class Part(nn.Module):
-    """Names the parameters of one part of a block and returns them."""
+    """Names the parameters of one part of a block and returns them; what `compute_params` put in their place, as it is."""
 
     config: ModelConfig
     parameter_names: tuple[str, ...]
@@ -82,6 +82,8 @@ class Part(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
+        if self.has_variable('params', ops.QUANTIZED):
+            return {ops.QUANTIZED: self.get_variable('params', ops.QUANTIZED)}
         return declare(self, self.config, self.parameter_names, **dict(self.sizes))
 
 

@@ -37,9 +37,15 @@ def swiglu(
 
 
 def routed_experts(
-    params: Mapping[str, Array], x_MD: Float[Array, 'M D'], routing: router.Routing
+    params: Mapping[str, Any],
+    x_MD: Float[Array, 'M D'],
+    routing: router.Routing,
+    config: MoEConfig,
+    precision: PrecisionConfig,
 ) -> Float[Array, 'M D']:
     """`sum_k gate_k * FFN_k(x)` over the chosen experts [eq. 12]; no token is dropped."""
+    if precision.recipe == 'fp8':
+        return ops.expert_ffn(params, x_MD, routing.gates_MK, routing.experts_MK, config.num_experts, precision)
     plan = dispatch.plan(routing.experts_MK, params['w_up_EDF'].shape[0])
     x_JD = dispatch.permute(x_MD, plan)
     hidden_JF = jax.nn.silu(ops.grouped_matmul(x_JD, params['w_gate_EDF'], plan.group_sizes_E))
@@ -57,7 +63,7 @@ def moe(
     """Routed plus shared experts [eq. 12], and how evenly the experts were used."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     routing = router.route(params['router'], x_MD, config)
-    y_BTD = routed_experts(params['experts'], x_MD, routing).reshape(x_BTD.shape)
+    y_BTD = routed_experts(params['experts'], x_MD, routing, config, precision).reshape(x_BTD.shape)
     if config.num_shared_experts:
         y_BTD = y_BTD + swiglu(params['shared'], x_BTD, precision)
     affinity_BTE = routing.affinity_ME.reshape(*x_BTD.shape[:-1], -1)

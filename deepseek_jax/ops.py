@@ -6,8 +6,8 @@ float8 recipe, quantises them. Products accumulate in float32. Float32 activatio
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,11 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from deepseek_jax.config import PrecisionConfig
-from pallas_kernels import Quantized, QuantizedWeight, linears_fp8, quantize_blocks
+from pallas_kernels import ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
 from pallas_kernels.fp8 import dequantize_blocks
+
+QUANTIZED = 'quantized'
+"""The name that float8 experts have in place of those of their masters."""
 
 
 class QTensor(NamedTuple):
@@ -111,6 +114,40 @@ def grouped_matmul(
 ) -> Float[Array, 'J N']:
     """The expert linear layer: row `j`, sorted by expert, times its expert's matrix."""
     return pallas_kernels.grouped_gemm(x_JK, w_EKN.astype(x_JK.dtype), group_sizes_E)
+
+
+def quantize_experts(params: Mapping[str, Array], precision: PrecisionConfig) -> dict[str, ExpertWeights]:
+    """What stands for one layer's routed experts in float8, ready for every product; gradients end here."""
+    return {QUANTIZED: pallas_kernels.quantize_experts(*_masters(params), power_of_two=precision.power_of_two_scales)}
+
+
+def expert_ffn(
+    params: Mapping[str, Any],
+    x_MD: Float[Array, 'M D'],
+    gates_MK: Float[Array, 'M K'],
+    experts_MK: Int[Array, 'M K'],
+    num_experts: int,
+    precision: PrecisionConfig,
+) -> Float[Array, 'M D']:
+    """The routed experts of the 'fp8' recipe: every product in float8, which is all that the backward pass keeps.
+
+    `params` are the masters, or what `quantize_experts` made of them.
+    """
+    if not x_MD.size:
+        return x_MD
+    quantized = params.get(QUANTIZED)
+    return pallas_kernels.expert_ffn_fp8(
+        x_MD,
+        gates_MK,
+        pallas_kernels.routes(experts_MK, num_experts),
+        None if quantized else _masters(params),
+        quantized,
+        power_of_two=precision.power_of_two_scales,
+    )
+
+
+def _masters(params: Mapping[str, Any]) -> tuple[Array, Array, Array]:
+    return params['w_gate_EDF'], params['w_up_EDF'], params['w_down_EFD']
 
 
 def _matrix(w: Array, inputs: int) -> Float[Array, 'K N']:

@@ -2,8 +2,7 @@
 
                                            fp32      bf16      fp8
   linear layers: attention projections,    fp32      bf16      e4m3, all three products; sums, weight gradients fp32
-    dense FFN, shared experts
-  routed experts                           fp32      bf16      bf16
+    dense FFN, shared and routed experts
   projection into the MTP module           fp32      bf16      bf16
   attention core, activations, cache       fp32      bf16      bf16
   norms, softmax, router, logits           fp32      fp32      fp32
@@ -41,7 +40,7 @@ def is_float8(path: Sequence[str], config: PrecisionConfig) -> bool:
     return (
         config.recipe == 'fp8'
         and name.startswith('w_')
-        and any(part in path for part in ('attention', 'ffn', 'shared'))
+        and any(part in path for part in ('attention', 'ffn', 'shared', 'experts'))
     )
 
 
@@ -50,7 +49,7 @@ def compute_params(params: Mapping[str, Any], config: ModelConfig) -> dict[str, 
 
     Results stay the same to the bit, and a bf16 model takes half the memory. Norms and router stay as they are. Under
     'fp8', weights of float8 layers become a `QTensor`; that of `w_uk` and `w_uv` holds the bf16 weight beside, which
-    decoding multiplies.
+    decoding multiplies. The routed experts of a layer become one `ExpertWeights`.
     """
     dtype = compute_dtype(config.precision)
 
@@ -67,4 +66,15 @@ def compute_params(params: Mapping[str, Any], config: ModelConfig) -> dict[str, 
         rounded = name in ('embedding_VD', 'head_DV') or (name.startswith('w_') and name not in router.PARAMETER_NAMES)
         return leaf.astype(dtype) if rounded else leaf
 
+    def quantize_experts(tree: Any, path: tuple[str, ...] = ()) -> Any:
+        """The tree with each layer's experts in float8."""
+        if not isinstance(tree, Mapping):
+            return tree
+        if path[-1:] != ('experts',):
+            return {key: quantize_experts(child, (*path, key)) for key, child in tree.items()}
+        quantize = lambda experts: ops.quantize_experts(experts, config.precision)  # noqa: E731
+        return jax.lax.map(quantize, tree) if names.is_stacked(path) else quantize(tree)
+
+    if config.precision.recipe == 'fp8':
+        params = quantize_experts(params)
     return names.map_with_names(round_once, params)

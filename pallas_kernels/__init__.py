@@ -5,9 +5,11 @@ which runs on every backend and says where it rounds. An implementation is chose
 by name and cannot serve its input raises, it never falls back.
 """
 
+from pallas_kernels.expert_ffn_fp8.api import ExpertWeights, expert_ffn_fp8, quantize_experts
 from pallas_kernels.fp8 import Quantized
 from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
 from pallas_kernels.grouped_gemm.api import grouped_gemm
+from pallas_kernels.grouped_gemm_bf16.api import grouped_gemm_bf16, grouped_wgrad_bf16, masked_gemm_bf16
 from pallas_kernels.grouped_gemm_fp8.api import grouped_gemm_fp8, grouped_wgrad_fp8, masked_gemm_fp8
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.linear_fp8.api import QuantizedWeight, linear_fp8, linears_fp8
@@ -20,24 +22,36 @@ from pallas_kernels.quantize_fp8.api import (
     quantize_rows,
     quantize_rows_and_columns,
 )
+from pallas_kernels.routes import Routes, routes
+from pallas_kernels.swiglu_quantize.api import swiglu_quantize, swiglu_quantize_backward
 
 __all__ = [
     'E5M6',
+    'ExpertWeights',
     'Implementation',
     'Quantized',
     'QuantizedWeight',
+    'Routes',
     'dequantize_e5m6',
+    'expert_ffn_fp8',
     'gemm_fp8',
     'grouped_gemm',
+    'grouped_gemm_bf16',
     'grouped_gemm_fp8',
+    'grouped_wgrad_bf16',
     'grouped_wgrad_fp8',
     'linear_fp8',
     'linears_fp8',
+    'masked_gemm_bf16',
     'masked_gemm_fp8',
     'quantize_blocks',
     'quantize_columns',
     'quantize_e5m6',
+    'quantize_experts',
     'quantize_rows',
     'quantize_rows_and_columns',
+    'routes',
+    'swiglu_quantize',
+    'swiglu_quantize_backward',
     'wgrad_fp8',
 ]

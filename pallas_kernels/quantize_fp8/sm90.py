@@ -67,35 +67,35 @@ def quantize_rows(x_MK: Array, power_of_two: bool = False, **options: Any) -> Qu
     cores: multiprocessors to fill; None takes those of the GPU that the call is compiled for.
     interpret: `plgpu.InterpretGPUParams`, to run on a CPU.
     """
-    return Quantized(*_walk('rows', x_MK, [functools.partial(_rows, power_of_two=power_of_two)], **options))
+    return Quantized(*_quantize('rows', x_MK, [functools.partial(_rows, power_of_two=power_of_two)], **options))
 
 
 def quantize_columns(x_MK: Array, power_of_two: bool = False, **options: Any) -> Quantized:
     """As the reference; the options are those of `quantize_rows`."""
-    return Quantized(*_walk('columns', x_MK, [functools.partial(_columns, power_of_two=power_of_two)], **options))
+    return Quantized(*_quantize('columns', x_MK, [functools.partial(_columns, power_of_two=power_of_two)], **options))
 
 
 def quantize_rows_and_columns(x_MK: Array, power_of_two: bool = False, **options: Any) -> tuple[Quantized, Quantized]:
     """As the reference; the options are those of `quantize_rows`."""
     passes = [functools.partial(one, power_of_two=power_of_two) for one in (_rows, _columns)]
-    outs = _walk('rows_and_columns', x_MK, passes, **options)
+    outs = _quantize('rows_and_columns', x_MK, passes, **options)
     return Quantized(*outs[:2]), Quantized(*outs[2:])
 
 
 def quantize_blocks(w_KN: Array, power_of_two: bool = False, **options: Any) -> tuple[Quantized, Quantized]:
     """As the reference; the options are those of `quantize_rows`."""
     passes = [functools.partial(_blocks, power_of_two=power_of_two)]
-    values_KN, values_NK, scales_kn, scales_nk = _walk('blocks', w_KN, passes, **options)
+    values_KN, values_NK, scales_kn, scales_nk = _quantize('blocks', w_KN, passes, **options)
     return Quantized(values_KN, scales_kn), Quantized(values_NK, scales_nk)
 
 
 def quantize_e5m6(x_MK: Array, **options: Any) -> E5M6:
     """As the reference; the options are those of `quantize_rows`."""
-    return E5M6(*_walk('e5m6', x_MK, [_e5m6], **options))
+    return E5M6(*_quantize('e5m6', x_MK, [_e5m6], **options))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile:
+class Tile:
     """A tile in the hands of one warpgroup.
 
     Attributes:
@@ -113,33 +113,76 @@ class _Tile:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pass:
+class Input:
+    """What a tile takes of an array.
+
+    Attributes:
+      array: in global memory.
+      smem: shape and type of the tile's part in shared memory.
+      boxes: called with the tile's row and column; returns pairs of indices, of a box of `array` and of its place in `smem`.
+    """
+
+    array: Array
+    smem: jax.ShapeDtypeStruct
+    boxes: Callable[[Any, Any], list[tuple[tuple, tuple]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
     """What is made of each tile.
 
     Attributes:
       outs: the results in global memory.
       smem: shapes and types of a tile of those that are stored asynchronously, in shared memory.
-      run: called with the tile, its input, `outs`, the tile's shared memory and `scratch`; writes the shared memory, and
+      run: called with the tile, its inputs, `outs`, the tile's shared memory and `scratch`; writes the shared memory, and
         returns pairs to be stored, of a part of shared memory and its place in global memory.
       scratch: further shared memory.
+      stores_inputs: whether some of those parts are of the inputs' shared memory, which are then loaded later.
     """
 
     outs: list[jax.ShapeDtypeStruct]
     smem: list[jax.ShapeDtypeStruct]
-    run: Callable[[_Tile, Any, list, list, list], list[tuple[Any, Any]]]
+    run: Callable[[Tile, list, list, list, list], list[tuple[Any, Any]]]
     scratch: list = dataclasses.field(default_factory=list)
+    stores_inputs: bool = False
 
 
-def _walk(
+def _quantize(
     operation: Operation,
     x_MK: Array,
-    makers: list[Callable[..., _Pass]],
+    makers: list[Callable[..., Pass]],
     config: QuantizeConfig | None = None,
     cores: int | None = None,
     interpret: Any = None,
 ) -> list[Array]:
     """Runs the passes that `makers` make for x and the configuration on every tile of x; returns all their results."""
     config = config or tuned.config(operation)
+    passes = [maker(x_MK, config=config) for maker in makers]
+    return walk(f'quantize_{operation}', x_MK.shape, [matrix_input(x_MK, config)], passes, config, cores, interpret)
+
+
+def matrix_input(x_MK: Array, config: QuantizeConfig, offsets: tuple[int, ...] = (0,)) -> Input:
+    """Tiles of a matrix, cut into chunks: [chunk, row, 64]. If they come from several offsets in K, one after another."""
+
+    def boxes(row: Any, column: Any) -> list[tuple[tuple, tuple]]:
+        rows = pl.ds(row * config.rows, config.rows)
+        starts = [offset + column * BLOCK + chunk * CHUNK for offset in offsets for chunk in range(CHUNKS)]
+        return [((rows, pl.ds(start, CHUNK)), (index,)) for index, start in enumerate(starts)]
+
+    return Input(x_MK, _struct((len(offsets) * CHUNKS, config.rows, CHUNK), x_MK.dtype), boxes)
+
+
+def walk(
+    name: str,
+    shape: tuple[int, ...],
+    inputs: list[Input],
+    passes: list[Pass],
+    config: QuantizeConfig,
+    cores: int | None = None,
+    interpret: Any = None,
+    approx_math: bool = False,
+) -> list[Array]:
+    """Runs the passes on every tile of a matrix of that shape, in one kernel of that name; returns all their results."""
     cores = cores or hopper_cores()
     if cores is None:
         raise ValueError(f'{cores=}: the call is not compiled for a Hopper GPU, its multiprocessors must be given')
@@ -147,17 +190,18 @@ def _walk(
         raise ValueError(
             f'{config=}: each warpgroup must have the same number of times {CHUNK} rows, and tiles must divide {BLOCK} rows'
         )
-    passes = [maker(x_MK, config=config) for maker in makers]
-    M, K = x_MK.shape
+    M, K = shape
     tiles_across = blocks(K)
     # Tiles cover whole blocks of rows: the scales of the rows past M are written, too.
     tiles = round_up(M, BLOCK) // config.rows * tiles_across
     thread_blocks = min(tiles, cores * config.blocks)
     parts_each = config.rows // CHUNK // config.warpgroups
     outs = [out for one in passes for out in one.outs]
+    copies = sum(len(one.boxes(0, 0)) for one in inputs)
 
-    def body(x_gmem: Any, *refs: Any) -> None:
-        outs_gmem, (x_smem, outs_smem, scratch, loaded, released) = refs[: len(outs)], refs[len(outs) :]
+    def body(*refs: Any) -> None:
+        inputs_gmem, refs = refs[: len(inputs)], refs[len(inputs) :]
+        outs_gmem, (inputs_smem, outs_smem, scratch, loaded, released) = refs[: len(outs)], refs[len(outs) :]
         block = lax.axis_index('block')
         warpgroup = lax.axis_index('warpgroup')
         steps = lax.div(tiles - block + thread_blocks - 1, thread_blocks)
@@ -169,10 +213,9 @@ def _walk(
         def load(step: Any) -> None:
             row, column = place(step)
             slot = lax.rem(step, config.stages)
-            for chunk in range(CHUNKS):
-                columns = pl.ds(column * BLOCK + chunk * CHUNK, CHUNK)
-                source = x_gmem.at[pl.ds(row * config.rows, config.rows), columns]
-                plgpu.copy_gmem_to_smem(source, x_smem.at[slot, chunk], loaded.at[slot])
+            for one, gmem, smem in zip(inputs, inputs_gmem, inputs_smem, strict=True):
+                for source, target in one.boxes(row, column):
+                    plgpu.copy_gmem_to_smem(gmem.at[source], smem.at[slot, *target], loaded.at[slot])
 
         with jax.named_scope('fill'):
             for step in range(config.stages):
@@ -182,18 +225,19 @@ def _walk(
         def _(step: Any) -> None:
             row, column = place(step)
             parts = [warpgroup * parts_each + part for part in range(parts_each)]
-            tile = _Tile(row, column, step, warpgroup, parts)
+            tile = Tile(row, column, step, warpgroup, parts)
             slot, output = lax.rem(step, config.stages), lax.rem(step, config.outputs)
             with jax.named_scope('wait'):
                 plgpu.barrier_wait(loaded.at[slot])
                 plgpu.wait_smem_to_gmem(config.outputs - 1, wait_read_only=True)
             stores = []
             with jax.named_scope('quantize'):
+                tile_smem = [smem.at[slot] for smem in inputs_smem]
                 gmem, smem = iter(outs_gmem), iter(outs_smem)
                 for one, one_scratch in zip(passes, scratch, strict=True):
                     one_gmem = [next(gmem) for _ in one.outs]
                     one_smem = [next(smem).at[output] for _ in one.smem]
-                    stores += one.run(tile, x_smem.at[slot], one_gmem, one_smem, one_scratch)
+                    stores += one.run(tile, tile_smem, one_gmem, one_smem, one_scratch)
             with jax.named_scope('store'):
                 plgpu.commit_smem()
                 for source, target in stores:
@@ -203,6 +247,8 @@ def _walk(
 
                 @pl.when(step + config.stages < steps)
                 def _() -> None:
+                    if any(one.stores_inputs for one in passes):
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     # The barrier in commit_smem shows that this warpgroup has read its input, this one that all have.
                     if config.warpgroups > 1:
                         plgpu.barrier_arrive(released)
@@ -223,27 +269,29 @@ def _walk(
         num_threads=config.warpgroups,
         thread_name='warpgroup',
         scratch_types=[
-            _smem((config.stages, CHUNKS, config.rows, CHUNK), x_MK.dtype),
-            [_smem((config.outputs, *tile.shape), tile.dtype) for one in passes for tile in one.smem],
+            [shared((config.stages, *one.smem.shape), one.smem.dtype) for one in inputs],
+            [shared((config.outputs, *tile.shape), tile.dtype) for one in passes for tile in one.smem],
             [one.scratch for one in passes],
-            plgpu.Barrier(num_arrivals=CHUNKS, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=config.warpgroups),
         ],
         compiler_params=plgpu.CompilerParams(
             # No reduction here crosses warps: the shared memory that Pallas sets aside for those is not needed.
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=0,
+            approx_math=approx_math,
         ),
-        kernel_name=f'quantize_{operation}',
+        kernel_name=name,
         interpret=interpret,
-    )(x_MK)
+    )(*(one.array for one in inputs))
 
 
-def _rows(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> _Pass:
+def _rows(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass:
     """Values and scales in tiles of 1x128."""
     M, K = x_MK.shape
 
-    def run(tile: _Tile, x_smem: Any, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
+    def run(tile: Tile, inputs_smem: list, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
+        [x_smem] = inputs_smem
         values_gmem, scales_gmem = outs_gmem
         values_smem, scales_smem = outs_smem
         stores = []
@@ -256,30 +304,31 @@ def _rows(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> _Pass:
             stores.append((scales_smem.at[rows], scales_gmem.at[tile.column, rows_gmem]))
             for chunk in range(CHUNKS):
                 values_smem[chunk, rows] = _times(x[chunk], multiplier).astype(E4M3)
-                if _is_stored(chunk, K):
+                if is_stored(chunk, K):
                     columns_gmem = pl.ds(tile.column * BLOCK + chunk * CHUNK, CHUNK)
                     stores.append((values_smem.at[chunk, rows], values_gmem.at[rows_gmem, columns_gmem]))
         return stores
 
-    return _Pass(
+    return Pass(
         outs=[_struct((M, K), E4M3), _struct((blocks(K), round_up(M, BLOCK)), jnp.float32)],
         smem=[_struct((CHUNKS, config.rows, CHUNK), E4M3), _struct((config.rows,), jnp.float32)],
         run=run,
     )
 
 
-def _columns(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> _Pass:
+def _columns(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass:
     """Values and scales of the transpose in tiles of 1x128."""
-    _check_square(config)
+    check_square(config)
     M, K = x_MK.shape
 
-    def run(tile: _Tile, x_smem: Any, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
+    def run(tile: Tile, inputs_smem: list, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
+        [x_smem] = inputs_smem
         values_gmem, scales_gmem = outs_gmem
         values_smem, scales_smem = outs_smem
         stores = []
         for part in tile.parts:
             channels, channels_gmem = pl.ds(part * CHUNK, CHUNK), pl.ds(tile.column * BLOCK + part * CHUNK, CHUNK)
-            x = _load_transposed(x_smem.at[part])
+            x = load_transposed(x_smem.at[part])
             amax = jnp.max(jnp.abs(x), axis=1).astype(jnp.float32)
             scale, multiplier = scale_and_multiplier(amax, power_of_two)
             scales_smem[channels] = scale
@@ -289,19 +338,20 @@ def _columns(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> _Pas
             stores.append((values_smem.at[channels], values_gmem.at[channels_gmem, tokens_gmem]))
         return stores
 
-    return _Pass(
+    return Pass(
         outs=[_struct((K, round_up(M, BLOCK)), E4M3), _struct((blocks(M), round_up(K, BLOCK)), jnp.float32)],
         smem=[_struct((BLOCK, BLOCK), E4M3), _struct((BLOCK,), jnp.float32)],
         run=run,
     )
 
 
-def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool) -> _Pass:
+def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass:
     """Values and scales in blocks of 128x128, natural and transposed."""
-    _check_square(config)
+    check_square(config)
     K, N = w_KN.shape
 
-    def run(tile: _Tile, w_smem: Any, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
+    def run(tile: Tile, inputs_smem: list, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
+        [w_smem] = inputs_smem
         values_gmem, values_t_gmem, scales_gmem, scales_t_gmem = outs_gmem
         values_smem, values_t_smem = outs_smem
         amax_smem, exchanged = scratch
@@ -329,20 +379,20 @@ def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool) -> _Pass
         for part, chunks in zip(tile.parts, w, strict=True):
             for chunk in range(CHUNKS):
                 values_smem[chunk, at(part)] = (chunks[chunk].astype(jnp.float32) * multiplier).astype(E4M3)
-                if _is_stored(chunk, N):
+                if is_stored(chunk, N):
                     target = values_gmem.at[at(tile.row * CHUNKS + part), at(tile.column * CHUNKS + chunk)]
                     stores.append((values_smem.at[chunk, at(part)], target))
         for part in tile.parts:
             for chunk in range(CHUNKS):
-                transposed = _load_transposed(w_smem.at[part, at(chunk)])
+                transposed = load_transposed(w_smem.at[part, at(chunk)])
                 values_t_smem[chunk, at(part)] = (transposed.astype(jnp.float32) * multiplier).astype(E4M3)
-                if _is_stored(chunk, K):
+                if is_stored(chunk, K):
                     target = values_t_gmem.at[at(tile.column * CHUNKS + part), at(tile.row * CHUNKS + chunk)]
                     stores.append((values_t_smem.at[chunk, at(part)], target))
         return stores
 
     values_smem = _struct((CHUNKS, BLOCK, CHUNK), E4M3)
-    return _Pass(
+    return Pass(
         outs=[
             _struct((K, N), E4M3),
             _struct((N, K), E4M3),
@@ -358,11 +408,12 @@ def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool) -> _Pass
     )
 
 
-def _e5m6(x_MK: Array, *, config: QuantizeConfig) -> _Pass:
+def _e5m6(x_MK: Array, *, config: QuantizeConfig) -> Pass:
     """Two planes of bytes and scales in tiles of 1x128. The halves of a tile that share bytes are its chunks."""
     M, K = x_MK.shape
 
-    def run(tile: _Tile, x_smem: Any, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
+    def run(tile: Tile, inputs_smem: list, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
+        [x_smem] = inputs_smem
         high_gmem, low_gmem, scales_gmem = outs_gmem
         high_smem, low_smem, scales_smem = outs_smem
         stores = []
@@ -382,7 +433,7 @@ def _e5m6(x_MK: Array, *, config: QuantizeConfig) -> _Pass:
             stores.append((low_smem.at[rows], low_gmem.at[rows_gmem, pl.ds(tile.column * CHUNK, CHUNK)]))
         return stores
 
-    return _Pass(
+    return Pass(
         outs=[
             _struct((M, K), jnp.uint8),
             _struct((M, K // 2), jnp.uint8),
@@ -397,7 +448,7 @@ def _e5m6(x_MK: Array, *, config: QuantizeConfig) -> _Pass:
     )
 
 
-def _is_stored(chunk: int, columns: int) -> bool:
+def is_stored(chunk: int, columns: int) -> bool:
     """Whether to store a chunk of each tile; the copy engine leaves out what lies past the edge of the matrix.
 
     It does not for a matrix of one chunk. Mosaic takes away dimensions of size one, that of chunks among them, and then
@@ -406,7 +457,7 @@ def _is_stored(chunk: int, columns: int) -> bool:
     return chunk == 0 or columns > CHUNK
 
 
-def _check_square(config: QuantizeConfig) -> None:
+def check_square(config: QuantizeConfig) -> None:
     if config.rows != BLOCK:
         raise ValueError(f'{config=}: tiles that are transposed have {BLOCK} rows')
 
@@ -416,7 +467,7 @@ def _times(x: Array, multiplier: Array) -> Array:
     return x.astype(jnp.float32) * lax.broadcast_in_dim(multiplier, x.shape, [0])
 
 
-def _load_transposed(x_smem: Any) -> Array:
+def load_transposed(x_smem: Any) -> Array:
     """The transpose of a part of shared memory of 64 columns, in registers."""
     # Neighbours in a row of the transpose lie in different rows of the memory. For 16 bits there is an instruction that
     # transposes on the way; 32 bits are read one by one, and their results are written one by one.
@@ -424,7 +475,7 @@ def _load_transposed(x_smem: Any) -> Array:
     return plgpu.load(x_smem.T, layout=_WGMMA if pairs else plgpu.Layout._WGMMA_ACC_32BIT)
 
 
-def _smem(shape: tuple[int, ...], dtype: Any) -> Any:
+def shared(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory; matrices are cut into pieces of at most 128 bytes of a row, which are swizzled."""
     if len(shape) < 3:
         return plgpu.SMEM(shape, dtype)

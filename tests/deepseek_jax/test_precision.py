@@ -121,11 +121,33 @@ def test_linear_weights_and_no_others_are_float8(monkeypatch):
     expected = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = names.path_names(path)
-        if is_float8(path, FP8):
+        if is_float8(path, FP8) and 'experts' not in path:
             shape = leaf.shape[1:]
             expected.add((shape[0], math.prod(shape[1:])) if path[-1] != 'w_o_HUD' else (H * U, D))
         assert not is_float8(path, BF16)
     assert expected == {shape for group in called for shape in group}
+
+
+def test_routed_experts_are_float8(monkeypatch):
+    """Masters in training, and the copies of `compute_params` instead; the same numbers."""
+    called = []
+    layer = ops.pallas_kernels.expert_ffn_fp8
+    spy = lambda x, *rest, **options: called.append(rest) or layer(x, *rest, **options)  # noqa: E731
+    monkeypatch.setattr(ops.pallas_kernels, 'expert_ffn_fp8', spy)
+    params = random_params(FULL, std=0.08)
+    logits_BTV = ds.forward(params, tokens(FULL), FULL).logits_BTV
+    assert {(len(weights), quantized) for _, _, weights, quantized in called} == {(3, None)}
+    called.clear()
+    rounded = compute_params(params, FULL)
+    np.testing.assert_array_equal(ds.forward(rounded, tokens(FULL), FULL).logits_BTV, logits_BTV)
+    assert all(weights is None and isinstance(quantized, ops.ExpertWeights) for _, _, weights, quantized in called)
+    called.clear()
+    ds.forward(params, tokens(FULL), changed(FULL, precision=BF16))
+    assert not called
+
+
+def test_experts_of_no_rows_give_no_rows():
+    assert ops.expert_ffn({}, jnp.zeros((0, 8)), jnp.zeros((0, 2)), jnp.zeros((0, 2), int), 4, FP8).shape == (0, 8)
 
 
 def test_query_without_rank_shares_one_product(monkeypatch):
@@ -192,9 +214,15 @@ def test_compute_params_change_no_result_of_fp8():
 def test_compute_params_leave_wide_what_float8_does_not_compute():
     config = changed(FULL, mtp_depth=1)
     params = compute_params(random_params(config), config)
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    stands_alone = lambda leaf: isinstance(leaf, (QTensor, ops.ExpertWeights))  # noqa: E731
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=stands_alone)
     for path, leaf in leaves:
         path = names.path_names(path)
+        assert isinstance(leaf, ops.ExpertWeights) == ('experts' in path)
+        if isinstance(leaf, ops.ExpertWeights):
+            dtypes = {part.dtype for part in jax.tree.leaves(leaf)}
+            assert dtypes == {jnp.dtype(E4M3), jnp.dtype(jnp.float32)}
+            continue
         assert isinstance(leaf, QTensor) == is_float8(path, FP8), path
         if isinstance(leaf, QTensor):
             assert (leaf.rounded is not None) == (path[-1] in ('w_uk_CHN', 'w_uv_CHU'))
@@ -202,7 +230,7 @@ def test_compute_params_leave_wide_what_float8_does_not_compute():
         else:
             wide = '_norm_' in path[-1] or 'router' in path
             assert leaf.dtype == (jnp.float32 if wide else jnp.bfloat16), path
-    assert {'w_up_EDF', 'w_hidden_DD', 'head_DV', 'embedding_VD'} <= {
+    assert {'w_hidden_DD', 'head_DV', 'embedding_VD'} <= {
         names.path_names(path)[-1] for path, leaf in leaves if getattr(leaf, 'dtype', None) == jnp.bfloat16
     }
 
