@@ -44,7 +44,7 @@ def routed_experts(
     precision: PrecisionConfig,
 ) -> Float[Array, 'M D']:
     """`sum_k gate_k * FFN_k(x)` over the chosen experts [eq. 12]; no token is dropped."""
-    if precision.recipe == 'fp8':
+    if ops.has_expert_ffn(precision):
         return ops.expert_ffn(params, x_MD, routing.gates_MK, routing.experts_MK, config.num_experts, precision)
     plan = dispatch.plan(routing.experts_MK, params['w_up_EDF'].shape[0])
     x_JD = dispatch.permute(x_MD, plan)

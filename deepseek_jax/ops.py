@@ -17,6 +17,7 @@ import pallas_kernels
 from deepseek_jax.config import PrecisionConfig
 from pallas_kernels import ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
 from pallas_kernels.fp8 import dequantize_blocks
+from pallas_kernels.implementation import hopper_cores
 
 QUANTIZED = 'quantized'
 """The name that float8 experts have in place of those of their masters."""
@@ -121,6 +122,14 @@ def quantize_experts(params: Mapping[str, Array], precision: PrecisionConfig) ->
     return {QUANTIZED: pallas_kernels.quantize_experts(*_masters(params), power_of_two=precision.power_of_two_scales)}
 
 
+def has_expert_ffn(precision: PrecisionConfig) -> bool:
+    """Whether `expert_ffn` computes the recipe's routed experts here; else they go through `grouped_matmul`.
+
+    Its rows are padded to 128 an expert, which pays for bf16 where the kernels are.
+    """
+    return precision.recipe == 'fp8' or (precision.recipe == 'bf16' and hopper_cores() is not None)
+
+
 def expert_ffn(
     params: Mapping[str, Any],
     x_MD: Float[Array, 'M D'],
@@ -129,17 +138,21 @@ def expert_ffn(
     num_experts: int,
     precision: PrecisionConfig,
 ) -> Float[Array, 'M D']:
-    """The routed experts of the 'fp8' recipe: every product in float8, which is all that the backward pass keeps.
+    """The routed experts of a layer by grouped kernels, where `has_expert_ffn` says so.
 
-    `params` are the masters, or what `quantize_experts` made of them.
+    Under 'fp8' every product is in float8, which is all that the backward pass keeps; `params` are the masters, or what
+    `quantize_experts` made of them.
     """
     if not x_MD.size:
         return x_MD
+    routes = pallas_kernels.routes(experts_MK, num_experts)
+    if precision.recipe == 'bf16':
+        return pallas_kernels.expert_ffn_bf16(x_MD, gates_MK, routes, _masters(params))
     quantized = params.get(QUANTIZED)
     return pallas_kernels.expert_ffn_fp8(
         x_MD,
         gates_MK,
-        pallas_kernels.routes(experts_MK, num_experts),
+        routes,
         None if quantized else _masters(params),
         quantized,
         power_of_two=precision.power_of_two_scales,

@@ -5,6 +5,7 @@ which runs on every backend and says where it rounds. An implementation is chose
 by name and cannot serve its input raises, it never falls back.
 """
 
+from pallas_kernels.expert_ffn_bf16.api import expert_ffn_bf16
 from pallas_kernels.expert_ffn_fp8.api import ExpertWeights, expert_ffn_fp8, quantize_experts
 from pallas_kernels.fp8 import Quantized
 from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
@@ -33,6 +34,7 @@ __all__ = [
     'QuantizedWeight',
     'Routes',
     'dequantize_e5m6',
+    'expert_ffn_bf16',
     'expert_ffn_fp8',
     'gemm_fp8',
     'grouped_gemm',

@@ -61,8 +61,8 @@ def swiglu_quantize_backward(
     """Returns the gradient of gate and up side by side, quantised both ways, and that of the gate weight.
 
     The first has values (M, G) with scales (g, Q), the second values (G, Q) with scales (q, G rounded up to a multiple
-    of 128); as in `swiglu_quantize`, rows past M count as zeros, and nothing is rounded before it is quantised. The third is None
-    without a gate weight.
+    of 128); as in `swiglu_quantize`, rows past M count as zeros, and nothing is rounded before it is quantised.
+    The third is None without a gate weight.
 
     Args:
       gate_up: what the forward pass kept of its input: values (M, G) with scales (g, Q), dequantised here; or the

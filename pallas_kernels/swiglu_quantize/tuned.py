@@ -1,4 +1,4 @@
-"""How the kernels of this folder cut their work, for each operation. What the attributes mean is told in `quantize_fp8/tuned.py`.
+"""How the kernels of this folder cut their work, for each operation; `quantize_fp8/tuned.py` tells what the attributes mean.
 
 Bytes of a thread block in shared memory, a tile being `rows` x 128: inputs x stages, the transposed float8 values, and the
 values of the rows or, where those take the place of float8 inputs, as many as h has in bfloat16.

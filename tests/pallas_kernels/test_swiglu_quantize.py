@@ -183,7 +183,7 @@ CASES = [
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(('operation', 'config', 'M', 'H'), CASES)
 def test_kernel_interpreted_is_near_reference(operation, config, M, H, capsys):
-    """One thread block takes all tiles: every stage and every result buffer is used again. Infinite values stay in their tiles."""
+    """One thread block takes all tiles: stages and result buffers are used again. Infinite values stay in their tiles."""
     args = inputs(operation, 'heavy_tailed', M, H, weighted=config == tuned.config(operation))
     if operation == 'forward':
         args = (args[0].at[M // 2, H + H // 2].set(jnp.inf).at[0].set(0), args[1])
@@ -207,7 +207,7 @@ def test_kernel_interpreted_is_near_reference(operation, config, M, H, capsys):
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize('operation', OPERATIONS)
 def test_kernel_compiled_fits_the_multiprocessor(operation):
-    """As many thread blocks as the grid counts on live on a multiprocessor at once; none of them spills, for every candidate."""
+    """For every candidate, as many thread blocks as the grid counts on live on a multiprocessor at once; none spills."""
     args = jax.eval_shape(lambda: inputs(operation, 'random', 4097, 512))
     for config in tuned.candidates(operation):
         function = functools.partial(run, operation, sm90, config=config)
