@@ -18,6 +18,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 from pallas_kernels.bench import (
     accumulation,
     cases,
+    expert_ffn,
     gemm_fp8,
     grouped_gemm_fp8,
     linear_fp8,
@@ -26,6 +27,7 @@ from pallas_kernels.bench import (
     report,
     roofline,
     search,
+    swiglu_quantize,
     timing,
     wgrad_fp8,
 )
@@ -37,6 +39,8 @@ CASES = {
     'quantize_fp8': quantize_fp8.cases,
     'linear_fp8': linear_fp8.cases,
     'grouped_gemm_fp8': grouped_gemm_fp8.cases,
+    'swiglu_quantize': swiglu_quantize.cases,
+    'expert_ffn': expert_ffn.cases,
 }
 OPS = [*CASES, 'accumulation']
 

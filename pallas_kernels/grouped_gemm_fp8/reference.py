@@ -10,19 +10,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.fp8 import Quantized, dequantize_blocks, dequantize_rows
-from pallas_kernels.groups import ALIGNMENT, Tiles, contiguous_tiles, masked_tiles
+from pallas_kernels.groups import ALIGNMENT, Tiles, contiguous_tiles, group_starts, masked_tiles
 
 PRECISION = jax.lax.Precision.HIGHEST
 
 
 def grouped_gemm_fp8(lhs: Quantized, rhs: Quantized, group_sizes_E: Array, out_dtype: DTypeLike) -> Float[Array, 'M N']:
     tiles = contiguous_tiles(group_sizes_E, ALIGNMENT, lhs.values.shape[0])
-    return _rows_of_tiles(lhs, rhs, tiles, ALIGNMENT).astype(out_dtype)
+    return _rows_of_tiles(lhs, rhs, tiles, ALIGNMENT, group_starts(group_sizes_E), group_sizes_E).astype(out_dtype)
 
 
 def masked_gemm_fp8(lhs: Quantized, rhs: Quantized, counts_E: Array, out_dtype: DTypeLike) -> Float[Array, 'M N']:
     rows = lhs.values.shape[0] // counts_E.shape[0]
-    return _rows_of_tiles(lhs, rhs, masked_tiles(counts_E, rows, rows), rows).astype(out_dtype)
+    starts_E = rows * jnp.arange(counts_E.shape[0])
+    return _rows_of_tiles(lhs, rhs, masked_tiles(counts_E, rows, rows), rows, starts_E, counts_E).astype(out_dtype)
 
 
 def grouped_wgrad_fp8(
@@ -41,7 +42,9 @@ def grouped_wgrad_fp8(
     return jax.lax.fori_loop(0, tiles.count[0], add_block, accumulator_EMN)
 
 
-def _rows_of_tiles(lhs: Quantized, rhs: Quantized, tiles: Tiles, rows: int) -> Float32[Array, 'M N']:
+def _rows_of_tiles(
+    lhs: Quantized, rhs: Quantized, tiles: Tiles, rows: int, starts_E: Array, sizes_E: Array
+) -> Float32[Array, 'M N']:
     lhs_MK = dequantize_rows(lhs)
 
     def add_tile(i: Array, out_MN: Array) -> Array:
@@ -51,4 +54,7 @@ def _rows_of_tiles(lhs: Quantized, rhs: Quantized, tiles: Tiles, rows: int) -> F
         return jax.lax.dynamic_update_slice_in_dim(out_MN, product, tiles.row_T[i], axis=0)
 
     out_MN = jnp.zeros((lhs_MK.shape[0], rhs.values.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, tiles.count[0], add_tile, out_MN)
+    out_MN = jax.lax.fori_loop(0, tiles.count[0], add_tile, out_MN)
+    row_M1 = jnp.arange(len(out_MN))[:, None]
+    real_M = jnp.any((row_M1 >= starts_E) & (row_M1 < starts_E + sizes_E), axis=1)
+    return jnp.where(real_M[:, None], out_MN, 0)

@@ -19,7 +19,9 @@ from pallas_kernels.bench import (
     accumulation,
     cases,
     checks,
+    expert_ffn,
     gemm_fp8,
+    grouped_gemm_fp8,
     linear_fp8,
     peers,
     quantize_fp8,
@@ -133,17 +135,51 @@ def test_a_quantisation_counts_bytes_and_compares_with_its_reference(name, dtype
 
 
 def test_cases_are_distinct_and_as_promised():
-    listed = [case for module in (gemm_fp8, wgrad_fp8, quantize_fp8, linear_fp8) for case in module.cases(False)]
+    listed = [case for cases in main.CASES.values() for case in cases(False)]
     names = [(case.op, case.name, tuple(case.shape.items())) for case in listed]
     assert len(set(names)) == len(names)
     products = {tuple(case.shape.values()) for case in listed if case.op == 'gemm_fp8' and case.name == 'fprop'}
     assert products == {(m, n, k) for m in (64, 128, 4096, 8192) for n, k in gemm_fp8.WEIGHTS}
     gradients = {tuple(case.shape.values()) for case in listed if case.op == 'wgrad_fp8'}
     assert {(7168, 4096, 4096), (7168, 4096, 8192), (7168, 4096, 16384), (512, 32768, 4096)} <= gradients
-    for module in (gemm_fp8, wgrad_fp8, quantize_fp8, linear_fp8):
-        quick = [(case.name, case.shape) for case in module.cases(True)]
+    for op in ('gemm_fp8', 'wgrad_fp8', 'quantize_fp8', 'linear_fp8', 'grouped_gemm_fp8', 'swiglu_quantize'):
+        quick = [(case.name, case.shape) for case in main.CASES[op](True)]
         assert quick
-        assert all(one in [(case.name, case.shape) for case in module.cases(False)] for one in quick)
+        assert all(one in [(case.name, case.shape) for case in main.CASES[op](False)] for one in quick)
+
+
+@pytest.mark.parametrize('form', ['contiguous', 'wgrad', 'masked'])
+def test_a_grouped_case_compares_real_rows_with_its_reference(form, monkeypatch):
+    sizes = (130, 0, 3)
+    monkeypatch.setattr(grouped_gemm_fp8, 'FEW', (5, 0, 64))
+    monkeypatch.setattr(grouped_gemm_fp8, 'EXPERTS', 3)
+    case = {
+        'contiguous': lambda: grouped_gemm_fp8.contiguous('three', sizes, 64, 128),
+        'wgrad': lambda: grouped_gemm_fp8.wgrad('three', sizes, 64, 128),
+        'masked': lambda: grouped_gemm_fp8.masked(64, 128),
+    }[form]()
+    assert case.flops == 2 * (69 if form == 'masked' else 133) * 64 * 128
+    inputs = case.inputs(jax.random.key(0))
+    results = case.run(*inputs, out_dtype=jnp.float32, implementation='reference') if form != 'wgrad' else None
+    results = case.run(*inputs, implementation='reference') if results is None else results
+    assert checks.difference(case.dense(results), case.reference(*inputs)) == 0
+    assert np.any(results)
+
+
+def test_zipf_sizes_are_uneven_and_complete():
+    sizes = grouped_gemm_fp8.zipf_sizes(32, 32768)
+    assert (len(sizes), sum(sizes)) == (32, 32768)
+    assert max(sizes) > 20 * min(sizes) > 0
+
+
+def test_the_expert_cases_compare_the_same_layer():
+    """Forward and gradients of float8, bfloat16 and plain JAX at a small size."""
+    inputs = expert_ffn._inputs(jax.random.key(0), 40, 2, 4, 128, 128)
+    float8, bfloat16 = expert_ffn.cases(True)
+    results = [case.run(*inputs, implementation='reference') for case in (float8, bfloat16)]
+    plain = expert_ffn._step(expert_ffn._ragged_dot, *inputs)
+    assert checks.difference(results[1], plain) < 1e-4
+    assert 1e-4 < checks.difference(results[0], plain) < 5e-3
 
 
 def test_the_linear_case_keeps_the_output_and_compares_gradients():
@@ -373,7 +409,7 @@ def test_candidates_past_the_budget_are_left_out():
     assert search.compile_all(lambda config: 2 * config, [1, 2], budget=60.0) == [(1, 2, None), (2, 4, None)]
 
 
-@pytest.mark.parametrize('op', ['gemm_fp8', 'wgrad_fp8', 'quantize_fp8'])
+@pytest.mark.parametrize('op', ['gemm_fp8', 'wgrad_fp8', 'grouped_gemm_fp8', 'quantize_fp8'])
 def test_every_searched_case_has_candidates_with_the_one_in_use(op):
     space = search.SPACES[op]
     for case in space.cases(True):

@@ -11,10 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.expert_ffn_bf16.api import expert_ffn_bf16
 from pallas_kernels.expert_ffn_fp8.api import expert_ffn_fp8, quantize_experts
 from pallas_kernels.fp8 import E4M3
 from pallas_kernels.routes import routes
+from tests.pallas_kernels.hopper import DEVICE
 
+# Kernels of the layer and its gradients, and how often each is called.
+FP8_KERNELS = {
+    'quantize_blocks': 3,
+    'quantize_rows': 3,
+    'quantize_columns': 2,
+    'grouped_gemm_fp8': 4,
+    'swiglu_quantize': 1,
+    'swiglu_quantize_backward': 1,
+    'grouped_wgrad_fp8': 2,
+}
+BF16_KERNELS = {'grouped_gemm_bf16': 4, 'grouped_wgrad_bf16': 2}
 TOKENS, TOP_K, EXPERTS, D, F = 150, 2, 5, 256, 160
 
 
@@ -128,3 +141,23 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
     x_TD, gates_TK, experts_TK, weights, _ = example()
     with pytest.raises(ValueError, match=message):
         expert_ffn_fp8(*change(x_TD, gates_TK, routes(experts_TK, EXPERTS), weights))
+
+
+@pytest.mark.parametrize(('layer', 'kernels'), [(expert_ffn_fp8, FP8_KERNELS), (expert_ffn_bf16, BF16_KERNELS)])
+def test_on_hopper_every_product_is_a_kernel(layer, kernels):
+    """The layer with its gradients, lowered for an H100: no product of XLA, and no kernel is missing."""
+    rows = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)
+    experts_TK, gates_TK = jax.ShapeDtypeStruct((512, 2), jnp.int32), jax.ShapeDtypeStruct((512, 2), jnp.float32)
+    weights = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(4, 256, 128)] * 2 + [(4, 128, 256)])
+
+    def step(x_TD, gates_TK, experts_TK, weights, d_TD):
+        made = routes(experts_TK, 4)
+        out_TD, pull = jax.vjp(lambda x, g, w: layer(x, g, made, w), x_TD, gates_TK, weights)
+        return out_TD, pull(d_TD)
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=DEVICE)):
+        traced = jax.jit(step).trace(rows, gates_TK, experts_TK, weights, rows)
+        text = traced.lower(lowering_platforms=('cuda',)).as_text()
+    assert 'dot_general' not in text
+    assert 'ragged_dot' not in text
+    assert text.count('@mosaic_gpu_v2') == sum(kernels.values())

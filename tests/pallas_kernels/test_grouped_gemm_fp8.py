@@ -67,6 +67,11 @@ def expected_rows(lhs: Quantized, rhs: Quantized, used: list[range]) -> list[np.
     return [lhs_MK[part] @ float64(w, BLOCK).T for part, w in zip(used, each, strict=True)]
 
 
+def outside(got_MN: jax.Array, used: list[range]) -> np.ndarray:
+    """The rows that belong to no group."""
+    return np.delete(np.asarray(got_MN), [row for part in used for row in part], axis=0)
+
+
 def assert_groups_near(got_MN: jax.Array, wanted: list[np.ndarray], used: list[range]) -> None:
     for part, wanted_MN in zip(used, wanted, strict=True):
         if part:
@@ -96,6 +101,7 @@ def test_reference_multiplies_each_group_by_its_matrix(name):
     lhs, rhs = with_nan_outside(rows(0, ROWS, 256), used), weights(1, 5, 192, 256)
     got_MN = api.grouped_gemm_fp8(lhs, rhs, sizes(name), out_dtype=jnp.float32, implementation='reference')
     assert_groups_near(got_MN, expected_rows(lhs, rhs, used), used)
+    assert not outside(got_MN, used).any()
 
 
 @pytest.mark.parametrize('name', SIZES)
@@ -105,6 +111,7 @@ def test_masked_reference_multiplies_each_group_by_its_matrix(name):
     counts_E = jnp.minimum(sizes(name), 128)
     got_MN = api.masked_gemm_fp8(lhs, rhs, counts_E, out_dtype=jnp.float32, implementation='reference')
     assert_groups_near(got_MN, expected_rows(lhs, rhs, used), used)
+    assert not outside(got_MN, used).any()
 
 
 @pytest.mark.parametrize('name', SIZES)

@@ -208,7 +208,7 @@ CASES = [
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(('operation', 'config', 'M', 'K', 'dtype'), CASES)
-def test_kernel_interpreted_equals_reference(operation, config, M, K, dtype):
+def test_kernel_interpreted_equals_reference(operation, config, M, K, dtype, capfd):
     """One or two thread blocks take all tiles: every stage and every result buffer is used again."""
     x = matrix('heavy_tailed', M, K, dtype).at[M // 2, K // 2].set(jnp.inf).at[0].set(0)
     power_of_two = config != tuned.config(operation)
@@ -222,6 +222,8 @@ def test_kernel_interpreted_equals_reference(operation, config, M, K, dtype):
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
     assert_equal(ours, jitted(functools.partial(run, operation, reference), x, power_of_two=power_of_two))
+    captured = capfd.readouterr()
+    assert 'RACE' not in captured.out + captured.err
 
 
 COMPILED = [(operation, BF16) for operation in OPERATIONS] + [('blocks', F32)]
