@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument('--config', type=pathlib.Path, default=ROOT / 'configs' / 'train' / 'tiny_cpu.gin')
     parser.add_argument('--steps', type=int, default=200)
     parser.add_argument('--seeds', type=int, default=8)
-    parser.add_argument('--rate', type=float, help="learning rate, a tenth of it at the end, in place of the configuration's")
+    parser.add_argument(
+        '--rate', type=float, help="learning rate, a tenth of it at the end, in place of the configuration's"
+    )
     parser.add_argument(
         '--recipes', nargs='+', choices=RECIPES, default=list(RECIPES), help='bf16 is always among them'
     )

@@ -70,11 +70,8 @@ def quantize_experts(
     _check_weights(w_gate_EDF, w_up_EDF, w_down_EFD)
     extra = -w_gate_EDF.shape[2] % BLOCK
     quantize = functools.partial(quantize_blocks, power_of_two=power_of_two, implementation=implementation)
-    gate, up = (
-        QuantizedWeight(*jax.lax.map(quantize, jnp.pad(w, ((0, 0), (0, 0), (0, extra)))))
-        for w in (w_gate_EDF, w_up_EDF)
-    )
-    down = QuantizedWeight(*jax.lax.map(quantize, jnp.pad(w_down_EFD, ((0, 0), (0, extra), (0, 0)))))
+    gate, up = (QuantizedWeight(*quantize(jnp.pad(w, ((0, 0), (0, 0), (0, extra))))) for w in (w_gate_EDF, w_up_EDF))
+    down = QuantizedWeight(*quantize(jnp.pad(w_down_EFD, ((0, 0), (0, extra), (0, 0)))))
     natural, transposed = (
         Quantized(*(jnp.concatenate(parts, axis) for parts in zip(getattr(gate, side), getattr(up, side), strict=True)))
         for side, axis in (('natural', 2), ('transposed', 1))

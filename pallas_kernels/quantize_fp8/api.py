@@ -10,6 +10,8 @@ that the product contracts, weights in blocks of 128x128. What each product read
 Every function here reads its input once. `reference.py` says what is computed, and where it rounds.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -68,18 +70,19 @@ def quantize_rows_and_columns(
 
 
 def quantize_blocks(
-    w_KN: Float[Array, 'K N'], *, power_of_two: bool = False, implementation: Implementation | None = None
+    w_KN: Float[Array, '*E K N'], *, power_of_two: bool = False, implementation: Implementation | None = None
 ) -> tuple[Quantized, Quantized]:
     """Returns w in blocks of 128x128, twice: values (K, N) with scales (k, n), and both transposed.
 
     Blocks at the edges are partial. The first is what the product with w transposed reads, the second what the
-    product with w reads. 'pallas' serves both dtypes, K and N that are multiples of 64. Arguments and errors are otherwise those
-    of `quantize_rows`.
+    product with w reads. A stack (E, K, N) is quantised matrix by matrix. 'pallas' serves both dtypes, K and N that are
+    multiples of 64, of stacks K that are multiples of 128. Arguments and errors are otherwise those of `quantize_rows`.
     """
-    _check('quantize_blocks', w_KN)
+    _check('quantize_blocks', w_KN, stacks=True)
     if choose('quantize_blocks', implementation, lambda: sm90.blocks_refusal(w_KN)) == 'pallas':
         return sm90.quantize_blocks(w_KN, power_of_two)
-    return reference.quantize_blocks(w_KN, power_of_two)
+    quantize = functools.partial(reference.quantize_blocks, power_of_two=power_of_two)
+    return quantize(w_KN) if w_KN.ndim == 2 else jax.vmap(quantize)(w_KN)
 
 
 def quantize_e5m6(x_MK: Float[Array, 'M K'], *, implementation: Implementation | None = None) -> E5M6:
@@ -112,8 +115,8 @@ def dequantize_e5m6(packed: E5M6, *, dtype: jax.typing.DTypeLike = jnp.bfloat16)
     return reference.dequantize_e5m6(packed, dtype)
 
 
-def _check(operation: str, x: Array) -> None:
-    if x.ndim != 2 or 0 in x.shape:
+def _check(operation: str, x: Array, stacks: bool = False) -> None:
+    if x.ndim not in ((2, 3) if stacks else (2,)) or 0 in x.shape:
         raise ValueError(f'{operation}: the input has shape {x.shape}, it must be a matrix that is not empty')
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f'{operation}: the input is {x.dtype}, it must be bfloat16 or float32')

@@ -17,6 +17,7 @@ The arithmetic is the reference's, bit for bit: both call the same functions on 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,8 +56,11 @@ def refusal(x_MK: Array) -> str | None:
 
 def blocks_refusal(w_KN: Array) -> str | None:
     """Why `quantize_blocks` does not serve this matrix; None if it does."""
-    if any(size % CHUNK for size in w_KN.shape):
+    *stack, K, N = w_KN.shape
+    if K % CHUNK or N % CHUNK:
         return f'the input has shape {w_KN.shape}, the kernel serves multiples of {CHUNK}'
+    if stack and K % BLOCK:
+        return f'the input has shape {w_KN.shape}, the kernel serves stacks of {BLOCK} rows or a multiple'
     return None
 
 
@@ -83,10 +87,13 @@ def quantize_rows_and_columns(x_MK: Array, power_of_two: bool = False, **options
 
 
 def quantize_blocks(w_KN: Array, power_of_two: bool = False, **options: Any) -> tuple[Quantized, Quantized]:
-    """As the reference; the options are those of `quantize_rows`."""
-    passes = [functools.partial(_blocks, power_of_two=power_of_two)]
-    values_KN, values_NK, scales_kn, scales_nk = _quantize('blocks', w_KN, passes, **options)
-    return Quantized(values_KN, scales_kn), Quantized(values_NK, scales_nk)
+    """As the reference, also of a stack (E, K, N) with K a multiple of 128; the options are those of `quantize_rows`."""
+    *stack, K, N = w_KN.shape
+    passes = [functools.partial(_blocks, power_of_two=power_of_two, groups=math.prod(stack))]
+    flat = w_KN.reshape(-1, N)
+    values, values_t, scales, scales_t = _quantize('blocks', flat, passes, **options)
+    natural = Quantized(values.reshape(w_KN.shape), scales.reshape(*stack, blocks(K), blocks(N)))
+    return natural, Quantized(values_t.reshape(*stack, N, K), scales_t.reshape(*stack, blocks(N), blocks(K)))
 
 
 def quantize_e5m6(x_MK: Array, **options: Any) -> E5M6:
@@ -345,10 +352,10 @@ def _columns(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass
     )
 
 
-def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass:
-    """Values and scales in blocks of 128x128, natural and transposed."""
+def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool, groups: int) -> Pass:
+    """Values and scales in blocks of 128x128, natural and transposed; each group of rows is transposed by itself."""
     check_square(config)
-    K, N = w_KN.shape
+    K, N = w_KN.shape[0] // groups, w_KN.shape[1]
 
     def run(tile: Tile, inputs_smem: list, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
         [w_smem] = inputs_smem
@@ -356,6 +363,7 @@ def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass:
         values_smem, values_t_smem = outs_smem
         amax_smem, exchanged = scratch
         at = lambda index: pl.ds(index * CHUNK, CHUNK)  # noqa: E731
+        group, row = lax.div(tile.row, blocks(K)), lax.rem(tile.row, blocks(K))
 
         w = [[plgpu.load(w_smem.at[chunk, at(part)], layout=_WGMMA) for chunk in range(CHUNKS)] for part in tile.parts]
         # Maxima of rows go through shared memory, in two sets: a warp may write the next tile's before another has read
@@ -373,7 +381,7 @@ def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass:
         @pl.when(tile.warpgroup == 0)
         def _() -> None:
             scales_gmem[tile.row, tile.column] = scale
-            scales_t_gmem[tile.column, tile.row] = scale
+            scales_t_gmem[group, tile.column, row] = scale
 
         stores = []
         for part, chunks in zip(tile.parts, w, strict=True):
@@ -387,17 +395,17 @@ def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass:
                 transposed = load_transposed(w_smem.at[part, at(chunk)])
                 values_t_smem[chunk, at(part)] = (transposed.astype(jnp.float32) * multiplier).astype(E4M3)
                 if is_stored(chunk, K):
-                    target = values_t_gmem.at[at(tile.column * CHUNKS + part), at(tile.row * CHUNKS + chunk)]
+                    target = values_t_gmem.at[group, at(tile.column * CHUNKS + part), at(row * CHUNKS + chunk)]
                     stores.append((values_t_smem.at[chunk, at(part)], target))
         return stores
 
     values_smem = _struct((CHUNKS, BLOCK, CHUNK), E4M3)
     return Pass(
         outs=[
-            _struct((K, N), E4M3),
-            _struct((N, K), E4M3),
-            _struct((blocks(K), blocks(N)), jnp.float32),
-            _struct((blocks(N), blocks(K)), jnp.float32),
+            _struct(w_KN.shape, E4M3),
+            _struct((groups, N, K), E4M3),
+            _struct((groups * blocks(K), blocks(N)), jnp.float32),
+            _struct((groups, blocks(N), blocks(K)), jnp.float32),
         ],
         smem=[values_smem, values_smem],
         run=run,

@@ -226,6 +226,18 @@ def test_kernel_interpreted_equals_reference(operation, config, M, K, dtype, cap
     assert 'RACE' not in captured.out + captured.err
 
 
+@pytest.mark.parametrize('interpret', [None, plgpu.InterpretGPUParams(detect_races=True)], ids=['reference', 'kernel'])
+def test_a_stack_of_weights_is_quantised_matrix_by_matrix(interpret, capfd):
+    w_EKN = jnp.stack([matrix('heavy_tailed', 256, 192, F32) * scale for scale in (1, 1e-3, 1e4)])
+    ours = (
+        api.quantize_blocks(w_EKN) if interpret is None else sm90.quantize_blocks(w_EKN, cores=2, interpret=interpret)
+    )
+    each = [jitted(api.quantize_blocks, w_KN) for w_KN in w_EKN]
+    assert_equal(ours, jax.tree.map(lambda *parts: jnp.stack(parts), *each))
+    captured = capfd.readouterr()
+    assert 'RACE' not in captured.out + captured.err
+
+
 COMPILED = [(operation, BF16) for operation in OPERATIONS] + [('blocks', F32)]
 
 
@@ -275,6 +287,8 @@ def test_float32_weights_and_bfloat16_activations_are_served():
     assert '200 columns' in sm90.refusal(jnp.zeros((129, 200), BF16))
     assert sm90.blocks_refusal(jnp.zeros((64, 192), F32)) is None
     assert '(64, 200)' in sm90.blocks_refusal(jnp.zeros((64, 200), F32))
+    assert sm90.blocks_refusal(jnp.zeros((3, 128, 64), F32)) is None
+    assert '(3, 64, 64)' in sm90.blocks_refusal(jnp.zeros((3, 64, 64), F32))
 
 
 @pytest.mark.parametrize('operation', OPERATIONS)
