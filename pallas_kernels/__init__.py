@@ -22,6 +22,7 @@ from pallas_kernels.quantize_fp8.api import (
     quantize_e5m6,
     quantize_rows,
     quantize_rows_and_columns,
+    requantize_columns,
 )
 from pallas_kernels.routes import Routes, routes
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize, swiglu_quantize_backward
@@ -52,6 +53,7 @@ __all__ = [
     'quantize_experts',
     'quantize_rows',
     'quantize_rows_and_columns',
+    'requantize_columns',
     'routes',
     'swiglu_quantize',
     'swiglu_quantize_backward',

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.fp8 import BLOCK, Quantized, dequantize_rows, round_up
+from pallas_kernels.fp8 import BLOCK, Quantized, round_up
 from pallas_kernels.grouped_gemm_fp8.api import grouped_gemm_fp8, grouped_wgrad_fp8
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.linear_fp8.api import QuantizedWeight
-from pallas_kernels.quantize_fp8.api import quantize_blocks, quantize_columns, quantize_rows
+from pallas_kernels.quantize_fp8.api import quantize_blocks, quantize_rows, requantize_columns
 from pallas_kernels.routes import Routes, combine, permute, permute_vector
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize, swiglu_quantize_backward
 
@@ -176,19 +176,15 @@ def _backward(call: _Call, residuals: tuple, d_out_TD: Array) -> tuple:
         return d_x_TD, d_gates_TK, None, None, None
     assert d_gate_up_columns is not None
     wgrad = functools.partial(grouped_wgrad_fp8, implementation=call.implementation)
-    d_gate_up_EDG = wgrad(_by_tokens(permute(x, routes.token_M), call), d_gate_up_columns, sizes_E)
-    d_down_EPD = wgrad(hidden_columns, _by_tokens(d_out, call), sizes_E)
+    by_tokens = functools.partial(requantize_columns, **call.options)
+    d_gate_up_EDG = wgrad(by_tokens(permute(x, routes.token_M)), d_gate_up_columns, sizes_E)
+    d_down_EPD = wgrad(hidden_columns, by_tokens(d_out), sizes_E)
     width, up = call.width, round_up(call.width, BLOCK)
     gradients = d_gate_up_EDG[..., :width], d_gate_up_EDG[..., up : up + width], d_down_EPD[:, :width]
     return d_x_TD, d_gates_TK, None, tuple(d.astype(t) for d, t in zip(gradients, call.dtypes, strict=True)), None
 
 
 _ffn.defvjp(_forward, _backward)
-
-
-def _by_tokens(rows: Quantized, call: _Call) -> Quantized:
-    """The transpose of float8 rows, in tiles of 128 tokens."""
-    return quantize_columns(dequantize_rows(rows).astype(jnp.bfloat16), **call.options)
 
 
 def _check_weights(w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.fp8 import BLOCK, Quantized
+from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
 from pallas_kernels.implementation import Implementation, choose
 from pallas_kernels.quantize_fp8 import reference, sm90
 from pallas_kernels.quantize_fp8.reference import E5M6
@@ -57,6 +57,34 @@ def quantize_columns(
     if choose('quantize_columns', implementation, lambda: sm90.refusal(x_MK)) == 'pallas':
         return sm90.quantize_columns(x_MK, power_of_two)
     return reference.quantize_columns(x_MK, power_of_two)
+
+
+def requantize_columns(
+    x: Quantized, *, power_of_two: bool = False, implementation: Implementation | None = None
+) -> Quantized:
+    """Returns rows in float8 as `quantize_columns` would return the matrix that they stand for, rounded to bfloat16.
+
+    For the gradients of weights, where the rows were kept or moved as float8. With scales that are powers of two values
+    are rounded a second time only.
+
+    Args:
+      x: values (M, K) with scales (k, Q) of 1x128 tiles.
+      power_of_two, implementation: as in `quantize_columns`; 'pallas' serves K that are multiples of 128.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit together.
+      NotImplementedError: 'pallas' was asked for and cannot serve this call.
+    """
+    M, K = x.values.shape
+    wanted = (blocks(K), round_up(M, BLOCK))
+    if x.values.dtype != E4M3 or x.scales.dtype != jnp.float32 or x.scales.shape != wanted or 0 in (M, K):
+        raise ValueError(
+            f'requantize_columns: the input is {x.values.dtype}{x.values.shape} with scales '
+            f'{x.scales.dtype}{x.scales.shape}, it must be float8_e4m3fn, not empty, with float32 scales {wanted}'
+        )
+    refusal = lambda: f'{K=}, the kernel serves multiples of {BLOCK}' if K % BLOCK else None  # noqa: E731
+    serve = sm90 if choose('requantize_columns', implementation, refusal) == 'pallas' else reference
+    return serve.requantize_columns(x, power_of_two)
 
 
 def quantize_rows_and_columns(

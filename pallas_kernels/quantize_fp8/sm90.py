@@ -79,6 +79,22 @@ def quantize_columns(x_MK: Array, power_of_two: bool = False, **options: Any) ->
     return Quantized(*_quantize('columns', x_MK, [functools.partial(_columns, power_of_two=power_of_two)], **options))
 
 
+def requantize_columns(
+    x: Quantized, power_of_two: bool = False, config: QuantizeConfig | None = None, **options: Any
+) -> Quantized:
+    """As the reference; the further options are those of `quantize_rows`."""
+    config = config or tuned.config('requantize')
+    M, K = x.values.shape
+    scales_kQ = x.scales
+    if M % BLOCK:  # those past M mean nothing, and zeros times NaN would be NaN
+        scales_kQ = jnp.where(jnp.arange(scales_kQ.shape[1]) < M, scales_kQ, 0)
+    rows_of = lambda row: pl.ds(row * config.rows, config.rows)  # noqa: E731
+    scales = Input(scales_kQ, _struct((config.rows,), jnp.float32), lambda row, column: [((column, rows_of(row)), ())])
+    one = _requantized(M, K, config, power_of_two)
+    inputs = [matrix_input(x.values, config), scales]
+    return Quantized(*walk('requantize_columns', (M, K), inputs, [one], config, **options))
+
+
 def quantize_rows_and_columns(x_MK: Array, power_of_two: bool = False, **options: Any) -> tuple[Quantized, Quantized]:
     """As the reference; the options are those of `quantize_rows`."""
     passes = [functools.partial(one, power_of_two=power_of_two) for one in (_rows, _columns)]
@@ -349,6 +365,48 @@ def _columns(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass
         outs=[_struct((K, round_up(M, BLOCK)), E4M3), _struct((blocks(M), round_up(K, BLOCK)), jnp.float32)],
         smem=[_struct((BLOCK, BLOCK), E4M3), _struct((BLOCK,), jnp.float32)],
         run=run,
+    )
+
+
+def _requantized(M: int, K: int, config: QuantizeConfig, power_of_two: bool) -> Pass:
+    """Values and scales of the transpose in tiles of 1x128, by way of bfloat16 in shared memory, which is transposed there."""
+    check_square(config)
+    at = lambda index: pl.ds(index * CHUNK, CHUNK)  # noqa: E731
+
+    def run(tile: Tile, inputs_smem: list, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
+        x_smem, row_scales_smem = inputs_smem
+        values_gmem, scales_gmem = outs_gmem
+        values_smem, scales_smem = outs_smem
+        wide_smem, written, read = scratch
+        for part in tile.parts:
+            row_scales = plgpu.load(row_scales_smem.at[at(part)], layout=_WGMMA.reduce(1))
+            for chunk in range(CHUNKS):
+                x = _times(plgpu.load(x_smem.at[chunk, at(part)], layout=_WGMMA), row_scales)
+                wide_smem[chunk, at(part)] = x.astype(jnp.bfloat16)
+        plgpu.barrier_arrive(written)
+        plgpu.barrier_wait(written)
+        stores = []
+        for part in tile.parts:
+            channels_gmem = pl.ds(tile.column * BLOCK + part * CHUNK, CHUNK)
+            x = load_transposed(wide_smem.at[part])
+            scale, multiplier = scale_and_multiplier(jnp.max(jnp.abs(x), axis=1).astype(jnp.float32), power_of_two)
+            scales_smem[at(part)] = scale
+            values_smem[at(part)] = _times(x, multiplier).astype(E4M3)
+            stores.append((scales_smem.at[at(part)], scales_gmem.at[tile.row, channels_gmem]))
+            stores.append((values_smem.at[at(part)], values_gmem.at[channels_gmem, pl.ds(tile.row * BLOCK, BLOCK)]))
+        plgpu.barrier_arrive(read)  # before the next tile is written there
+        plgpu.barrier_wait(read)
+        return stores
+
+    return Pass(
+        outs=[_struct((K, round_up(M, BLOCK)), E4M3), _struct((blocks(M), round_up(K, BLOCK)), jnp.float32)],
+        smem=[_struct((BLOCK, BLOCK), E4M3), _struct((BLOCK,), jnp.float32)],
+        run=run,
+        scratch=[
+            shared((CHUNKS, BLOCK, CHUNK), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=config.warpgroups),
+            plgpu.Barrier(num_arrivals=config.warpgroups),
+        ],
     )
 
 

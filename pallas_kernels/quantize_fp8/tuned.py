@@ -8,7 +8,7 @@ block in shared memory, a tile being `rows` x 128: input tile x stages + result 
 from dataclasses import dataclass
 from typing import Literal
 
-Operation = Literal['rows', 'columns', 'rows_and_columns', 'blocks', 'e5m6']
+Operation = Literal['rows', 'columns', 'rows_and_columns', 'requantize', 'blocks', 'e5m6']
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ _CANDIDATES: dict[Operation, list[QuantizeConfig]] = {
         QuantizeConfig(rows=128, warpgroups=2, stages=2, outputs=1, blocks=2),
         QuantizeConfig(rows=128, warpgroups=1, stages=1, outputs=1, blocks=3),
         QuantizeConfig(rows=128, warpgroups=2, stages=1, outputs=1, blocks=2),
+    ],
+    'requantize': [
+        QuantizeConfig(rows=128, warpgroups=2, stages=2, outputs=1, blocks=2),
+        QuantizeConfig(rows=128, warpgroups=2, stages=3, outputs=1, blocks=2),
     ],
     'blocks': [
         QuantizeConfig(rows=128, warpgroups=2, stages=1, outputs=1, blocks=2),

@@ -21,7 +21,7 @@ from tests.pallas_kernels.hopper import DEVICE
 FP8_KERNELS = {
     'quantize_blocks': 3,
     'quantize_rows': 3,
-    'quantize_columns': 2,
+    'requantize_columns': 2,
     'grouped_gemm_fp8': 4,
     'swiglu_quantize': 1,
     'swiglu_quantize_backward': 1,

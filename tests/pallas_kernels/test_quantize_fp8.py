@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.fp8 import Quantized
+from pallas_kernels.fp8 import E4M3, Quantized
 from pallas_kernels.quantize_fp8 import api, reference, sm90, tuned
 from tests.pallas_kernels.hopper import DEVICE, compile_for_h100, needs_hopper_tools
 
@@ -236,6 +236,66 @@ def test_a_stack_of_weights_is_quantised_matrix_by_matrix(interpret, capfd):
     assert_equal(ours, jax.tree.map(lambda *parts: jnp.stack(parts), *each))
     captured = capfd.readouterr()
     assert 'RACE' not in captured.out + captured.err
+
+
+def float8_rows(M, K):
+    """Rows in float8 whose scales past M are NaN, as they may be."""
+    rows = api.quantize_rows(matrix('heavy_tailed', M, K))
+    return rows._replace(scales=rows.scales.at[:, M:].set(jnp.nan))
+
+
+@pytest.mark.parametrize('power_of_two', [False, True])
+def test_requantised_columns_are_those_of_what_the_rows_stand_for(power_of_two):
+    rows = float8_rows(200, 192)
+    dense = np.asarray(rows.values, np.float32) * np.asarray(rows.scales).T[:200].repeat(128, 1)[:, :192]
+    wanted = api.quantize_columns(jnp.asarray(dense).astype(BF16), power_of_two=power_of_two)
+    assert_equal(api.requantize_columns(rows, power_of_two=power_of_two), wanted)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize('config', tuned.candidates('requantize'))
+@pytest.mark.parametrize(('M', 'K'), [(300, 256), (128, 384)])
+def test_interpreted_requantisation_equals_the_reference(M, K, config, capfd):
+    rows = float8_rows(M, K)
+    options = {'cores': 1, 'interpret': plgpu.InterpretGPUParams(detect_races=True)}
+    ours = sm90.requantize_columns(rows, config=dataclasses.replace(config, blocks=2), **options)
+    assert_equal(ours, reference.requantize_columns(rows, False))
+    captured = capfd.readouterr()
+    assert 'RACE' not in captured.out + captured.err
+
+
+@needs_hopper_tools
+@pytest.mark.parametrize('config', tuned.candidates('requantize'))
+def test_requantisation_compiled_fits_the_multiprocessor(config):
+    rows = Quantized(jax.ShapeDtypeStruct((4097, 896), E4M3), jax.ShapeDtypeStruct((7, 4224), F32))
+    call = functools.partial(sm90.requantize_columns, config=config)
+    [kernel] = compile_for_h100(call, rows).kernels.values()
+    assert kernel.problems() == []
+    assert 4 * config.warpgroups * config.blocks * 32 * -(-kernel.registers // 8) * 8 <= 65_536
+    assert (kernel.shared_bytes + 1024) * config.blocks <= 228 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('config', tuned.candidates('requantize'))
+@pytest.mark.parametrize(('M', 'K'), [(300, 256), (20000, 896)])
+def test_requantisation_on_the_device_equals_the_reference(M, K, config):
+    rows = float8_rows(M, K)
+    ours = jax.jit(functools.partial(sm90.requantize_columns, config=config))(rows)
+    assert_equal(without_padding(ours), without_padding(jitted(reference.requantize_columns, rows, power_of_two=False)))
+
+
+def test_rows_that_do_not_fit_are_not_requantised():
+    rows = float8_rows(128, 192)
+    with pytest.raises(ValueError, match=r'scales float32\(1, 128\).*float32 scales \(2, 128\)'):
+        api.requantize_columns(rows._replace(scales=rows.scales[:1]))
+    with pytest.raises(ValueError, match='the input is bfloat16'):
+        api.requantize_columns(rows._replace(values=rows.values.astype(BF16)))
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=DEVICE)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(NotImplementedError, match='K=192, the kernel serves multiples of 128'),
+    ):
+        api.requantize_columns(rows, implementation='pallas')
 
 
 COMPILED = [(operation, BF16) for operation in OPERATIONS] + [('blocks', F32)]
