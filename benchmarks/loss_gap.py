@@ -4,8 +4,9 @@
 recipe, prints the training loss at the end (the mean of the last steps, in nats a token), the held-out bits a byte and
 their gaps to bf16, and writes `benchmarks/results/loss_gap.json` and `loss_gap.png`.
 
-Any other rounding sends a run another way, and 200 steps at a high learning rate wander by a percent: the mean over seeds and
-its standard error count. The yardstick is fp32, which differs from bf16 by nothing but rounding. The report's bar for its own, long runs is 0.25 %.
+Any other rounding sends a run another way, and 200 steps at a high learning rate wander by a percent: the mean over seeds
+and its standard error count. The yardstick is fp32, which differs from bf16 by nothing but rounding. The report's bar for
+its own, long runs is 0.25 %.
 """
 
 import argparse

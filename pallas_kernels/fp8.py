@@ -44,6 +44,15 @@ def dequantize_blocks(
     return values.astype(jnp.float32) * spread[..., :rows, :width]
 
 
+def check_dtypes(operation: str, side: str, x: Quantized) -> None:
+    """Raises `ValueError` unless values and scales of this operand have their types."""
+    if x.values.dtype != E4M3 or x.scales.dtype != jnp.float32:
+        raise ValueError(
+            f'{operation}: {side} is {x.values.dtype} with {x.scales.dtype} scales, '
+            'it must be float8_e4m3fn with float32 scales'
+        )
+
+
 def blocks(size: int) -> int:
     """Number of blocks of 128 that cover `size`."""
     return -(-size // BLOCK)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
+from pallas_kernels.fp8 import BLOCK, Quantized, blocks, check_dtypes, round_up
 from pallas_kernels.gemm_fp8 import reference, sm90
 from pallas_kernels.implementation import Implementation, choose
 
@@ -85,11 +85,7 @@ def _check(operation: str, lhs: Quantized, rhs: Quantized, rhs_scales: tuple[int
     for side, x in (('lhs', lhs), ('rhs', rhs)):
         if x.values.ndim != 2 or 0 in x.values.shape:
             raise ValueError(f'{operation}: {side} values have shape {x.values.shape}, they must be a matrix')
-        if x.values.dtype != E4M3 or x.scales.dtype != jnp.float32:
-            raise ValueError(
-                f'{operation}: {side} is {x.values.dtype} with {x.scales.dtype} scales, '
-                'it must be float8_e4m3fn with float32 scales'
-            )
+        check_dtypes(operation, side, x)
     if lhs.values.shape[1] != rhs.values.shape[1]:
         raise ValueError(f'{operation}: lhs {lhs.values.shape} and rhs {rhs.values.shape} must have the same width')
     rows, width = lhs.values.shape

@@ -68,7 +68,7 @@ class Schedule:
 
 def dense(m: int, n: int, k: int, config: GemmConfig) -> Schedule:
     """All of one product."""
-    tiles = _tiles(m, config.rows * config.cluster_m), _tiles(n, config.columns * config.cluster_n)
+    tiles = pl.cdiv(m, config.rows * config.cluster_m), pl.cdiv(n, config.columns * config.cluster_n)
 
     def place(linear: Any, member: Any) -> Place:
         return Place(*_corner(linear, member, tiles, config), jnp.int32(0), jnp.int32(0), blocks(k))
@@ -80,7 +80,7 @@ def row_groups(row_T: Array, group_T: Array, count_1: Array, n: int, k: int, con
     """Tile i of the rows begins at `row_T[i]` and multiplies the right-hand matrix `group_T[i]`; the first `count` count."""
     if config.cluster_m > 1:
         raise ValueError(f'{config=}: neighbouring tiles of rows belong to different groups and share nothing')
-    columns = _tiles(n, config.columns * config.cluster_n)
+    columns = pl.cdiv(n, config.columns * config.cluster_n)
 
     def number(row_T: Any, group_T: Any, count_1: Any) -> Any:
         return count_1[0] * columns
@@ -96,7 +96,7 @@ def row_groups(row_T: Array, group_T: Array, count_1: Array, n: int, k: int, con
 
 def depth_groups(first_block_G: Array, blocks_G: Array, m: int, n: int, config: GemmConfig) -> Schedule:
     """Group g contracts `blocks_G[g]` blocks of K from `first_block_G[g]` on, and has an output of its own."""
-    tiles = _tiles(m, config.rows * config.cluster_m), _tiles(n, config.columns * config.cluster_n)
+    tiles = pl.cdiv(m, config.rows * config.cluster_m), pl.cdiv(n, config.columns * config.cluster_n)
     each = tiles[0] * tiles[1]
 
     def number(*_: Any) -> int:
@@ -108,10 +108,6 @@ def depth_groups(first_block_G: Array, blocks_G: Array, m: int, n: int, config: 
         return Place(row, column, group, first_block_G[group], blocks_G[group])
 
     return Schedule((first_block_G, blocks_G), number, place)
-
-
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
 
 
 def _corner(linear: Any, member: Any, tiles: tuple[int, int], config: GemmConfig) -> tuple[Any, Any]:

@@ -72,8 +72,8 @@ class GemmConfig:
 
 
 # Many rows: blocks of 192x128 and 128x256, the latter of two waves, and squares.
-_WIDE = GemmConfig(wgs_m=3, stages=4, run=1, out_buffers=2)
-_WIDE_SHARED = dataclasses.replace(_WIDE, cluster_n=2)
+WIDE = GemmConfig(wgs_m=3, stages=4, run=1, out_buffers=2)
+_WIDE_SHARED = dataclasses.replace(WIDE, cluster_n=2)
 _LONG_SHARED = GemmConfig(wgs_m=1, wgs_n=2, waves=2, stages=4, run=1, cluster_m=2)
 _SQUARE_SHARED = GemmConfig(cluster_n=2)
 
@@ -114,7 +114,7 @@ def rounds(config: GemmConfig, m: int, n: int) -> int:
 def wgrad_config(m: int, n: int, k: int) -> GemmConfig:
     """The configuration for a weight's gradient (M, N) over K tokens."""
     del m, n, k
-    return _WIDE
+    return WIDE
 
 
 def candidates(operation: str, m: int, n: int, k: int) -> list[GemmConfig]:
@@ -124,7 +124,7 @@ def candidates(operation: str, m: int, n: int, k: int) -> list[GemmConfig]:
         few = [dataclasses.replace(config, run=run) for config in few_rows(m, k) for run in (1, 4)]
         other = [dataclasses.replace(config, tile_scales=not config.tile_scales) for config in few]
         return few + [config.with_stages(k) for config in other]
-    wide = [_WIDE, _WIDE_SHARED, dataclasses.replace(_WIDE, cluster_m=2), _LONG_SHARED]
+    wide = [WIDE, _WIDE_SHARED, dataclasses.replace(WIDE, cluster_m=2), _LONG_SHARED]
     wide.append(dataclasses.replace(_LONG_SHARED, wgs_m=2, wgs_n=1, cluster_m=1, cluster_n=2))
     if operation == 'wgrad_fp8':
         return [*wide, GemmConfig(run=2, cluster_n=2), GemmConfig(run=1, cluster_n=2)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Shaped
 
-from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
+from pallas_kernels.fp8 import BLOCK, Quantized, blocks, check_dtypes, round_up
 from pallas_kernels.gemm_fp8.api import OUT_DTYPES
 from pallas_kernels.grouped_gemm_fp8 import reference, sm90
 from pallas_kernels.groups import ALIGNMENT
@@ -126,7 +126,7 @@ def _refusal(lhs: Quantized, rhs: Quantized) -> str | None:
 def _check_weights(operation: str, lhs: Quantized, rhs: Quantized, sizes_E: Array, out_dtype: DTypeLike) -> None:
     _check_rows(operation, 'lhs', lhs)
     _check_sizes(operation, sizes_E)
-    _check_dtypes(operation, 'rhs', rhs)
+    check_dtypes(operation, 'rhs', rhs)
     shape, groups = rhs.values.shape, sizes_E.shape[0]
     if len(shape) != 3 or 0 in shape or shape[0] != groups or shape[2] != lhs.values.shape[1]:
         raise ValueError(
@@ -143,20 +143,12 @@ def _check_weights(operation: str, lhs: Quantized, rhs: Quantized, sizes_E: Arra
 
 
 def _check_rows(operation: str, side: str, x: Quantized) -> None:
-    _check_dtypes(operation, side, x)
+    check_dtypes(operation, side, x)
     if x.values.ndim != 2 or 0 in x.values.shape:
         raise ValueError(f'{operation}: {side} values have shape {x.values.shape}, they must be a matrix')
     rows, width = x.values.shape
     if x.scales.shape != (wanted := (blocks(width), round_up(rows, BLOCK))):
         raise ValueError(f'{operation}: {side} scales have shape {x.scales.shape}, values {rows, width} need {wanted}')
-
-
-def _check_dtypes(operation: str, side: str, x: Quantized) -> None:
-    if x.values.dtype != E4M3 or x.scales.dtype != jnp.float32:
-        raise ValueError(
-            f'{operation}: {side} is {x.values.dtype} with {x.scales.dtype} scales, '
-            'it must be float8_e4m3fn with float32 scales'
-        )
 
 
 def _check_sizes(operation: str, sizes_E: Array) -> None:

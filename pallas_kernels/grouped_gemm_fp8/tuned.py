@@ -9,7 +9,6 @@ from pallas_kernels.gemm_fp8.tuned import GemmConfig
 # is unknown.
 _LONG = GemmConfig(wgs_m=1, wgs_n=2, waves=2, stages=4, run=1, cluster_n=2, minor=0)
 _SQUARE = GemmConfig(cluster_n=2, minor=0)
-_WIDE = GemmConfig(wgs_m=3, stages=4, run=1, out_buffers=2)
 
 
 def grouped_config(m: int, n: int, k: int) -> GemmConfig:
@@ -20,24 +19,27 @@ def grouped_config(m: int, n: int, k: int) -> GemmConfig:
 
 def masked_config(m: int, groups: int, n: int, k: int) -> GemmConfig:
     """For M / groups rows a group: blocks of 64 or 128 of them, since no more are expected, so that weights are read once."""
-    rows = 128 if m // groups % 128 == 0 else 64
-    configs = dense.few_rows(rows, k)
+    configs = _few_rows(m // groups, k)
     return min(configs, key=lambda config: dense.rounds(config, m, n) * config.columns / configs[config])
+
+
+def _few_rows(rows_each: int, k: int) -> dict[GemmConfig, float]:
+    """Blocks whose rows divide those that a group owns, and their rates."""
+    return dense.few_rows(64 if rows_each % 128 else 128, k)
 
 
 def wgrad_config(m: int, n: int) -> GemmConfig:
     """For gradients (E, M, N)."""
     del m, n
-    return _WIDE
+    return dense.WIDE
 
 
 def candidates(operation: str, m: int, groups: int, n: int, k: int) -> list[GemmConfig]:
     """Configurations worth timing at a shape."""
     if operation == 'masked_gemm_fp8':
-        rows = 128 if m // groups % 128 == 0 else 64
-        return list(dense.few_rows(rows, k))
+        return list(_few_rows(m // groups, k))
     replace = dataclasses.replace
     if operation == 'grouped_wgrad_fp8':
-        return [_WIDE, replace(_WIDE, cluster_n=2), replace(_WIDE, cluster_m=2)]
+        return [dense.WIDE, replace(dense.WIDE, cluster_n=2), replace(dense.WIDE, cluster_m=2)]
     alone = replace(_LONG, cluster_n=1)
     return [_LONG, alone, replace(_LONG, minor=1), _SQUARE, replace(_SQUARE, run=2), replace(_SQUARE, cluster_n=1)]

@@ -85,9 +85,7 @@ def requantize_columns(
     """As the reference; the further options are those of `quantize_rows`."""
     config = config or tuned.config('requantize')
     M, K = x.values.shape
-    scales_kQ = x.scales
-    if M % BLOCK:  # those past M mean nothing, and zeros times NaN would be NaN
-        scales_kQ = jnp.where(jnp.arange(scales_kQ.shape[1]) < M, scales_kQ, 0)
+    scales_kQ = real_scales(x.scales, M)
     rows_of = lambda row: pl.ds(row * config.rows, config.rows)  # noqa: E731
     scales = Input(scales_kQ, _struct((config.rows,), jnp.float32), lambda row, column: [((column, rows_of(row)), ())])
     one = _requantized(M, K, config, power_of_two)
@@ -182,6 +180,11 @@ def _quantize(
     config = config or tuned.config(operation)
     passes = [maker(x_MK, config=config) for maker in makers]
     return walk(f'quantize_{operation}', x_MK.shape, [matrix_input(x_MK, config)], passes, config, cores, interpret)
+
+
+def real_scales(scales_kQ: Array, M: int) -> Array:
+    """Zeros for rows past M, whose scales mean nothing: their values are zeros, and zero times NaN would be NaN."""
+    return jnp.where(jnp.arange(scales_kQ.shape[1]) < M, scales_kQ, 0) if M % BLOCK else scales_kQ
 
 
 def matrix_input(x_MK: Array, config: QuantizeConfig, offsets: tuple[int, ...] = (0,)) -> Input:
@@ -327,7 +330,7 @@ def _rows(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass:
             stores.append((scales_smem.at[rows], scales_gmem.at[tile.column, rows_gmem]))
             for chunk in range(CHUNKS):
                 values_smem[chunk, rows] = _times(x[chunk], multiplier).astype(E4M3)
-                if is_stored(chunk, K):
+                if _is_stored(chunk, K):
                     columns_gmem = pl.ds(tile.column * BLOCK + chunk * CHUNK, CHUNK)
                     stores.append((values_smem.at[chunk, rows], values_gmem.at[rows_gmem, columns_gmem]))
         return stores
@@ -445,14 +448,14 @@ def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool, groups: 
         for part, chunks in zip(tile.parts, w, strict=True):
             for chunk in range(CHUNKS):
                 values_smem[chunk, at(part)] = (chunks[chunk].astype(jnp.float32) * multiplier).astype(E4M3)
-                if is_stored(chunk, N):
+                if _is_stored(chunk, N):
                     target = values_gmem.at[at(tile.row * CHUNKS + part), at(tile.column * CHUNKS + chunk)]
                     stores.append((values_smem.at[chunk, at(part)], target))
         for part in tile.parts:
             for chunk in range(CHUNKS):
                 transposed = load_transposed(w_smem.at[part, at(chunk)])
                 values_t_smem[chunk, at(part)] = (transposed.astype(jnp.float32) * multiplier).astype(E4M3)
-                if is_stored(chunk, K):
+                if _is_stored(chunk, K):
                     target = values_t_gmem.at[group, at(tile.column * CHUNKS + part), at(row * CHUNKS + chunk)]
                     stores.append((values_t_smem.at[chunk, at(part)], target))
         return stores
@@ -514,7 +517,7 @@ def _e5m6(x_MK: Array, *, config: QuantizeConfig) -> Pass:
     )
 
 
-def is_stored(chunk: int, columns: int) -> bool:
+def _is_stored(chunk: int, columns: int) -> bool:
     """Whether to store a chunk of each tile; the copy engine leaves out what lies past the edge of the matrix.
 
     It does not for a matrix of one chunk. Mosaic takes away dimensions of size one, that of chunks among them, and then

@@ -34,6 +34,7 @@ from pallas_kernels.quantize_fp8.sm90 import (
     check_square,
     load_transposed,
     matrix_input,
+    real_scales,
     shared,
     walk,
 )
@@ -136,8 +137,7 @@ def _weights(gate_weight_M: Array | None, M: int, config: QuantizeConfig) -> lis
 
 def _scales(scales_gQ: Array, M: int, config: QuantizeConfig) -> Input:
     """The scales of a tile's rows, first those of the gate, then those of up."""
-    if M % BLOCK:  # those past M mean nothing, and zeros times NaN would be NaN
-        scales_gQ = jnp.where(jnp.arange(scales_gQ.shape[1]) < M, scales_gQ, 0)
+    scales_gQ = real_scales(scales_gQ, M)
     h = scales_gQ.shape[0] // 2
 
     def boxes(row: Any, column: Any) -> list[tuple[tuple, tuple]]:

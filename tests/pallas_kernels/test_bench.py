@@ -160,8 +160,8 @@ def test_a_grouped_case_compares_real_rows_with_its_reference(form, monkeypatch)
     }[form]()
     assert case.flops == 2 * (69 if form == 'masked' else 133) * 64 * 128
     inputs = case.inputs(jax.random.key(0))
-    results = case.run(*inputs, out_dtype=jnp.float32, implementation='reference') if form != 'wgrad' else None
-    results = case.run(*inputs, implementation='reference') if results is None else results
+    wide = {} if form == 'wgrad' else {'out_dtype': jnp.float32}
+    results = case.run(*inputs, **wide, implementation='reference')
     assert checks.difference(case.dense(results), case.reference(*inputs)) == 0
     assert np.any(results)
 
