@@ -65,7 +65,8 @@ def moe(
     routing = router.route(params['router'], x_MD, config)
     y_BTD = routed_experts(params['experts'], x_MD, routing, config, precision).reshape(x_BTD.shape)
     if config.num_shared_experts:
-        y_BTD = y_BTD + swiglu(params['shared'], x_BTD, precision)
+        with jax.named_scope('shared'):
+            y_BTD = y_BTD + swiglu(params['shared'], x_BTD, precision)
     affinity_BTE = routing.affinity_ME.reshape(*x_BTD.shape[:-1], -1)
     return y_BTD, Balance(
         router.expert_load(routing.experts_MK, config.num_experts), router.balance_loss(affinity_BTE, config.top_k)

@@ -27,6 +27,7 @@ class Routing(NamedTuple):
     gates_MK: Float[Array, 'M K']
 
 
+@jax.named_scope('route')
 def route(params: Mapping[str, Array], x_MD: Float[Array, 'M D'], config: MoEConfig) -> Routing:
     """Chooses `top_k` experts a token by `s + b`; gates use `s` alone [eq. 12-16]."""
     affinity_ME = jax.nn.sigmoid(ops.einsum_fp32('MD,DE->ME', x_MD.astype(jnp.float32), params['w_router_DE']))
@@ -51,6 +52,7 @@ def select_experts(scores_ME: Float[Array, 'M E'], config: MoEConfig) -> Int[Arr
     return jax.lax.top_k(scores_ME, config.top_k)[1]
 
 
+@jax.named_scope('route')
 def expert_load(experts_MK: Int[Array, 'M K'], num_experts: int) -> Int[Array, ' E']:
     """Tokens sent to each expert."""
     return jnp.zeros(num_experts, jnp.int32).at[experts_MK.reshape(-1)].add(1)
@@ -64,6 +66,7 @@ def update_bias(
     return bias_LE + rate * jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
 
 
+@jax.named_scope('route')
 def balance_loss(affinity_BTE: Float[Array, 'B T E'], top_k: int) -> Float[Array, '']:
     """The sequence-wise balance loss without its weight alpha, mean over sequences [eq. 17-20].
 

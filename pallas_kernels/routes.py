@@ -35,6 +35,7 @@ def buffer_rows(routed: int, num_experts: int) -> int:
     return round_up(routed + min(routed, num_experts) * (ALIGNMENT - 1), ALIGNMENT)
 
 
+@jax.named_scope('sort')
 def routes(experts_TK: Int[Array, 'T K'], num_experts: int) -> Routes:
     """The stable sort by expert of all routed rows; no row is dropped."""
     tokens, top_k = experts_TK.shape
@@ -49,20 +50,25 @@ def routes(experts_TK: Int[Array, 'T K'], num_experts: int) -> Routes:
     return Routes(token_M, row_J.reshape(tokens, top_k), sizes_E.astype(jnp.int32))
 
 
+@jax.named_scope('permute')
 def permute(x: Quantized, token_M: Int[Array, ' M']) -> Quantized:
     """Each row's token in float8, values (T, D) to (M, D), with its scales: nothing is rounded on the way."""
-    bits = jax.lax.bitcast_convert_type(x.values, jnp.uint8)
+    T, D = x.values.shape
+    word = jnp.uint32 if D % 4 == 0 else jnp.uint8  # fewer and wider reads
+    bits = jax.lax.bitcast_convert_type(x.values.reshape(T, -1, word.dtype.itemsize), word).reshape(T, -1)
     values = jnp.take(bits, token_M, axis=0, mode='fill', fill_value=0)
     scales = jnp.take(x.scales[:, : len(x.values)], token_M, axis=1, mode='fill', fill_value=0)
-    return Quantized(jax.lax.bitcast_convert_type(values, x.values.dtype), scales)
+    return Quantized(jax.lax.bitcast_convert_type(values, x.values.dtype).reshape(-1, D), scales)
 
 
+@jax.named_scope('permute')
 def permute_vector(x_TK: Float[Array, 'T K'], routes: Routes) -> Float[Array, ' M']:
     """One number a row, zero for a row without a token: gates."""
     rows = routes.token_M.shape[0]
     return jnp.zeros(rows, x_TK.dtype).at[routes.row_TK.reshape(-1)].set(x_TK.reshape(-1), unique_indices=True)
 
 
+@jax.named_scope('combine')
 def combine(y_MD: Float[Array, 'M D'], row_TK: Int[Array, 'T K'], dtype: DTypeLike) -> Float[Array, 'T D']:
     """The sum of each token's rows, in float32, rounded once."""
     return jnp.sum(y_MD[row_TK].astype(jnp.float32), axis=1).astype(dtype)

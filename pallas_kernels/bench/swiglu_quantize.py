@@ -1,7 +1,6 @@
 """Cases of `swiglu_quantize`: SwiGLU between the two products of an expert, and its gradients."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,5 +47,6 @@ def case(name: str, rows: int, width: int) -> Case:
     )
 
 
-def _dense(results: tuple) -> list[Any]:
-    return [dequantize_rows(x) if isinstance(x, Quantized) else x for x in results if x is not None]
+def _dense(results: tuple) -> tuple:
+    is_quantized = lambda x: isinstance(x, Quantized)  # noqa: E731
+    return jax.tree.map(lambda x: dequantize_rows(x) if is_quantized(x) else x, results, is_leaf=is_quantized)

@@ -11,6 +11,7 @@ each call, and their gradients are those of the grouped products, in float32.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -56,35 +57,44 @@ def expert_ffn_bf16(
         )
     multiply = functools.partial(_product, implementation)
     x_MD = _permute(x_TD, routes)
-    gate_up_MG = multiply(x_MD, jnp.concatenate([w_gate_EDF, w_up_EDF], axis=2), routes.group_sizes_E)
-    gate_MF, up_MF = jnp.split(gate_up_MG.astype(jnp.float32), 2, axis=1)
+    gate_up_MG = multiply(x_MD, (w_gate_EDF, w_up_EDF), routes.group_sizes_E)
     gate_M1 = permute_vector(gates_TK, routes)[:, None]
-    hidden_MF = (gate_M1 * jax.nn.silu(gate_MF) * up_MF).astype(x_TD.dtype)
-    return _combine(multiply(hidden_MF, w_down_EFD, routes.group_sizes_E), routes)
+    with jax.named_scope('swiglu'):
+        gate_MF, up_MF = jnp.split(gate_up_MG.astype(jnp.float32), 2, axis=1)
+        hidden_MF = (gate_M1 * jax.nn.silu(gate_MF) * up_MF).astype(x_TD.dtype)
+    return _combine(multiply(hidden_MF, (w_down_EFD,), routes.group_sizes_E), routes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(implementation: Implementation | None, x_MK: Array, w_EKN: Array, sizes_E: Array) -> Array:
-    return grouped_gemm_bf16(x_MK, w_EKN.astype(x_MK.dtype), sizes_E, implementation=implementation)
+def _product(implementation: Implementation | None, x_MK: Array, weights: tuple[Array, ...], sizes_E: Array) -> Array:
+    """x times the weights (E, K, N) side by side."""
+    return _product_forward(implementation, x_MK, weights, sizes_E)[0]
 
 
-def _product_forward(implementation, x_MK, w_EKN, sizes_E):
-    rounded_EKN = w_EKN.astype(x_MK.dtype)
-    y_MN = grouped_gemm_bf16(x_MK, rounded_EKN, sizes_E, implementation=implementation)
-    return y_MN, (x_MK, rounded_EKN, sizes_E, jnp.zeros(0, w_EKN.dtype))
+def _product_forward(implementation, x_MK, weights, sizes_E):
+    with jax.named_scope('weights'):
+        joined_EKN = jnp.concatenate([w_EKN.astype(x_MK.dtype) for w_EKN in weights], axis=2)
+    y_MN = grouped_gemm_bf16(x_MK, joined_EKN, sizes_E, implementation=implementation)
+    return y_MN, (x_MK, joined_EKN, sizes_E, [jnp.zeros((0, w_EKN.shape[2]), w_EKN.dtype) for w_EKN in weights])
 
 
 def _product_backward(implementation, residuals, d_MN):
-    x_MK, w_EKN, sizes_E, master = residuals
-    d_x_MK = grouped_gemm_bf16(d_MN, w_EKN, sizes_E, transpose_rhs=True, implementation=implementation)
-    d_w_EKN = grouped_wgrad_bf16(x_MK, d_MN, sizes_E, implementation=implementation)
-    return d_x_MK, d_w_EKN.astype(master.dtype), None
+    x_MK, joined_EKN, sizes_E, masters = residuals
+    d_x_MK = grouped_gemm_bf16(d_MN, joined_EKN, sizes_E, transpose_rhs=True, implementation=implementation)
+    ends = itertools.accumulate(master.shape[1] for master in masters)
+    parts = jnp.split(d_MN, list(ends)[:-1], axis=1)  # of activations, which are smaller than the gradients of weights
+    wgrad = functools.partial(grouped_wgrad_bf16, implementation=implementation)
+    d_weights = tuple(
+        wgrad(x_MK, part_MN, sizes_E).astype(master.dtype) for part_MN, master in zip(parts, masters, strict=True)
+    )
+    return d_x_MK, d_weights, None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp
+@jax.named_scope('permute')
 def _permute(x_TD: Array, routes: Routes) -> Array:
     """Each row's token; zeros where there is none."""
     return jnp.take(x_TD, routes.token_M, axis=0, mode='fill', fill_value=0)

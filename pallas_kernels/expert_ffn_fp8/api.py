@@ -2,7 +2,7 @@
 
   x        rows of tokens, quantised once and moved as float8        1x128
   gate_up  = x @ [w_gate, w_up]                                     bf16; kept as float8, 1x128
-  h        = gate * silu(gate_up[gate half]) * gate_up[up half]      float32, quantised at once: 1x128, and 128 tokens
+  h        = gate * silu(gate_up[gate half]) * gate_up[up half]      bf16, quantised at once: 1x128, and 128 tokens
   y        = h @ w_down                                             bf16
   out      = sum over a token's experts of y                        float32, rounded once
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.fp8 import BLOCK, Quantized, round_up
+from pallas_kernels.fp8 import BLOCK
 from pallas_kernels.grouped_gemm_fp8.api import grouped_gemm_fp8, grouped_wgrad_fp8
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.linear_fp8.api import QuantizedWeight
@@ -54,6 +54,7 @@ class _Call(NamedTuple):
         return {'power_of_two': self.power_of_two, 'implementation': self.implementation}
 
 
+@jax.named_scope('weights')
 def quantize_experts(
     w_gate_EDF: Float[Array, 'E D F'],
     w_up_EDF: Float[Array, 'E D F'],
@@ -70,13 +71,9 @@ def quantize_experts(
     _check_weights(w_gate_EDF, w_up_EDF, w_down_EFD)
     extra = -w_gate_EDF.shape[2] % BLOCK
     quantize = functools.partial(quantize_blocks, power_of_two=power_of_two, implementation=implementation)
-    gate, up = (QuantizedWeight(*quantize(jnp.pad(w, ((0, 0), (0, 0), (0, extra))))) for w in (w_gate_EDF, w_up_EDF))
-    down = QuantizedWeight(*quantize(jnp.pad(w_down_EFD, ((0, 0), (0, extra), (0, 0)))))
-    natural, transposed = (
-        Quantized(*(jnp.concatenate(parts, axis) for parts in zip(getattr(gate, side), getattr(up, side), strict=True)))
-        for side, axis in (('natural', 2), ('transposed', 1))
-    )
-    return ExpertWeights(QuantizedWeight(natural, transposed), down)
+    gate_up = quantize(*(jnp.pad(w, ((0, 0), (0, 0), (0, extra))) for w in (w_gate_EDF, w_up_EDF)))
+    down = quantize(jnp.pad(w_down_EFD, ((0, 0), (0, extra), (0, 0))))
+    return ExpertWeights(QuantizedWeight(*gate_up), QuantizedWeight(*down))
 
 
 def expert_ffn_fp8(
@@ -177,10 +174,11 @@ def _backward(call: _Call, residuals: tuple, d_out_TD: Array) -> tuple:
     assert d_gate_up_columns is not None
     wgrad = functools.partial(grouped_wgrad_fp8, implementation=call.implementation)
     by_tokens = functools.partial(requantize_columns, **call.options)
-    d_gate_up_EDG = wgrad(by_tokens(permute(x, routes.token_M)), d_gate_up_columns, sizes_E)
+    x_columns = by_tokens(permute(x, routes.token_M))
+    d_gate_EDP, d_up_EDP = (wgrad(x_columns, d_columns, sizes_E) for d_columns in d_gate_up_columns)
     d_down_EPD = wgrad(hidden_columns, by_tokens(d_out), sizes_E)
-    width, up = call.width, round_up(call.width, BLOCK)
-    gradients = d_gate_up_EDG[..., :width], d_gate_up_EDG[..., up : up + width], d_down_EPD[:, :width]
+    F = call.width
+    gradients = d_gate_EDP[..., :F], d_up_EDP[..., :F], d_down_EPD[:, :F]
     return d_x_TD, d_gates_TK, None, tuple(d.astype(t) for d, t in zip(gradients, call.dtypes, strict=True)), None
 
 

@@ -28,12 +28,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
 from pallas_kernels.implementation import hopper_cores
+from pallas_kernels.tiles import output_chunk, swizzled
 
 WGMMA = plgpu.Layout.WGMMA
 WAVE = 64  # rows of one wgmma
@@ -197,7 +197,7 @@ class _Product:
     @property
     def chunk(self) -> int:
         """Columns of one copy of results, and of one promotion."""
-        return math.gcd(128 // self.out_dtype.itemsize, self.config.wg_columns)
+        return output_chunk(self.config.wg_columns, self.n, self.out_dtype)
 
     @property
     def chunks(self) -> range:
@@ -227,11 +227,11 @@ class _Product:
         if config.cluster > 1:
             empty = functools.partial(plgpu.ClusterBarrier, collective_axes=('cluster',))
         scratch = [
-            plgpu.SMEM((config.stages, config.rows, BLOCK), E4M3, transforms=_swizzled(BLOCK)),
-            plgpu.SMEM((config.stages, config.columns, BLOCK), E4M3, transforms=_swizzled(BLOCK)),
+            plgpu.SMEM((config.stages, config.rows, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
+            plgpu.SMEM((config.stages, config.columns, BLOCK), E4M3, transforms=swizzled(BLOCK, E4M3)),
             plgpu.SMEM(lhs_scales, jnp.float32),
             plgpu.SMEM(rhs_scales, jnp.float32),
-            plgpu.SMEM(out, self.out_dtype, transforms=_swizzled(self.chunk, self.out_dtype)),
+            plgpu.SMEM(out, self.out_dtype, transforms=swizzled(self.chunk, self.out_dtype)),
             plgpu.Barrier(num_arrivals=2 + self.per_column + (not config.tile_scales), num_barriers=config.stages),
             plgpu.Barrier(num_barriers=config.stages * max(1, config.waves - 1)),
             empty(num_arrivals=config.warpgroups, num_barriers=config.stages),
@@ -476,10 +476,3 @@ def _promoted(total: Array, partial: Array, row_scale: Array, column_scale: Arra
         return total + partial * lax.broadcast_in_dim(row_scale * column_scale, partial.shape, [0])
     scaled = partial * lax.broadcast_in_dim(column_scale, partial.shape, [1])
     return total + scaled * lax.broadcast_in_dim(row_scale, partial.shape, [0])
-
-
-def _swizzled(columns: int, dtype: DTypeLike = E4M3) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """Shared-memory layout of a tile whose rows are `columns` wide: free of bank conflicts, as wgmma and TMA take it."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(columns * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)  # pyright: ignore

@@ -74,12 +74,12 @@ class GemmConfig:
 # Many rows: blocks of 192x128 and 128x256, the latter of two waves, and squares.
 WIDE = GemmConfig(wgs_m=3, stages=4, run=1, out_buffers=2)
 _WIDE_SHARED = dataclasses.replace(WIDE, cluster_n=2)
-_LONG_SHARED = GemmConfig(wgs_m=1, wgs_n=2, waves=2, stages=4, run=1, cluster_m=2)
+LONG_SHARED = GemmConfig(wgs_m=1, wgs_n=2, waves=2, stages=4, run=1, cluster_m=2)
 _SQUARE_SHARED = GemmConfig(cluster_n=2)
 
 # How fast a block computes, relative to the first: the tiles of a product divided among the multiprocessors take whole
 # rounds, and the time of a round is the size of a tile over this rate.
-_MANY_ROWS = {_WIDE_SHARED: 1.0, _LONG_SHARED: 0.93, _SQUARE_SHARED: 0.9}
+_MANY_ROWS = {_WIDE_SHARED: 1.0, LONG_SHARED: 0.93, _SQUARE_SHARED: 0.9}
 _FEW_ROWS_RATES = {16: 0.25, 32: 0.4, 64: 0.7, 128: 0.9}
 
 
@@ -124,8 +124,8 @@ def candidates(operation: str, m: int, n: int, k: int) -> list[GemmConfig]:
         few = [dataclasses.replace(config, run=run) for config in few_rows(m, k) for run in (1, 4)]
         other = [dataclasses.replace(config, tile_scales=not config.tile_scales) for config in few]
         return few + [config.with_stages(k) for config in other]
-    wide = [WIDE, _WIDE_SHARED, dataclasses.replace(WIDE, cluster_m=2), _LONG_SHARED]
-    wide.append(dataclasses.replace(_LONG_SHARED, wgs_m=2, wgs_n=1, cluster_m=1, cluster_n=2))
+    wide = [WIDE, _WIDE_SHARED, dataclasses.replace(WIDE, cluster_m=2), LONG_SHARED]
+    wide.append(dataclasses.replace(LONG_SHARED, wgs_m=2, wgs_n=1, cluster_m=1, cluster_n=2))
     if operation == 'wgrad_fp8':
         return [*wide, GemmConfig(run=2, cluster_n=2), GemmConfig(run=1, cluster_n=2)]
     return [*wide, *(GemmConfig(run=run, cluster_n=2) for run in (2, 4)), GemmConfig(cluster_m=2), GemmConfig(run=2)]

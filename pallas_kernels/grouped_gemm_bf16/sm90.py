@@ -31,6 +31,7 @@ from pallas_kernels.grouped_gemm_bf16 import tuned
 from pallas_kernels.grouped_gemm_bf16.tuned import STEP, GroupedConfig
 from pallas_kernels.groups import ALIGNMENT, Tiles, contiguous_tiles, group_starts, masked_tiles
 from pallas_kernels.implementation import hopper_cores
+from pallas_kernels.tiles import output_chunk, swizzled
 
 WG_ROWS = 64  # of one wgmma
 # Registers a thread of the copying and of the math warpgroups: what is given up must cover what is taken.
@@ -203,7 +204,7 @@ def _run(
     """Launches the walk; with an accumulator its tiles are added to it, and those without steps are left alone."""
     cores = hopper_cores() or 132
     stages, cluster, producer = config.stages, config.cluster, config.warpgroups
-    chunk = math.gcd(128 // out.dtype.itemsize, config.wg_columns)
+    chunk = output_chunk(config.wg_columns, out.shape[-1], out.dtype)
     chunks = range(0, config.wg_columns, chunk)  # columns of one copy of results
     # A tile's copies use every buffer equally often: the oldest copy is then that of the buffer to be used next.
     buffers = math.gcd(config.out_buffers, len(chunks))
@@ -326,12 +327,12 @@ def _run(
         plgpu.kernel,
         body,
         scratch_types=[
-            plgpu.SMEM((stages, config.wgs_m, *lhs_part), jnp.bfloat16, transforms=_swizzled(lhs_part, jnp.bfloat16)),
-            plgpu.SMEM((stages, config.wgs_n, *rhs_part), jnp.bfloat16, transforms=_swizzled(rhs_part, jnp.bfloat16)),
+            plgpu.SMEM((stages, config.wgs_m, *lhs_part), jnp.bfloat16, transforms=swizzled(lhs_part[1], jnp.bfloat16)),
+            plgpu.SMEM((stages, config.wgs_n, *rhs_part), jnp.bfloat16, transforms=swizzled(rhs_part[1], jnp.bfloat16)),
             plgpu.SMEM(
                 (config.warpgroups, buffers, WG_ROWS, chunk),
                 out.dtype,
-                transforms=_swizzled((WG_ROWS, chunk), out.dtype),
+                transforms=swizzled(chunk, out.dtype),
             ),
             plgpu.Barrier(num_arrivals=config.wgs_m + config.wgs_n, num_barriers=stages),
             slot_barrier(num_arrivals=config.warpgroups, num_barriers=stages),
@@ -362,10 +363,3 @@ def _order_accumulators(ctx):
     """
     del ctx
     mosaic.WGMMAAccumulator.zero(WG_ROWS, 8)
-
-
-def _swizzled(part: tuple[int, int], dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """Shared-memory layout of a tile whose rows are of 128 bytes or several times that: as wgmma and TMA take it."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(part[1] * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)  # pyright: ignore

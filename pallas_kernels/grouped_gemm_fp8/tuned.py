@@ -40,6 +40,19 @@ def candidates(operation: str, m: int, groups: int, n: int, k: int) -> list[Gemm
         return list(_few_rows(m // groups, k))
     replace = dataclasses.replace
     if operation == 'grouped_wgrad_fp8':
-        return [dense.WIDE, replace(dense.WIDE, cluster_n=2), replace(dense.WIDE, cluster_m=2)]
+        roomy = replace(dense.WIDE, stages=3, out_buffers=4)
+        wide = [
+            replace(one, **shared) for one in (dense.WIDE, roomy) for shared in ({}, {'cluster_n': 2}, {'cluster_m': 2})
+        ]
+        return [*wide, dense.LONG_SHARED]
     alone = replace(_LONG, cluster_n=1)
-    return [_LONG, alone, replace(_LONG, minor=1), _SQUARE, replace(_SQUARE, run=2), replace(_SQUARE, cluster_n=1)]
+    bands = [replace(_LONG, width=width) for width in (4, 16)]
+    return [
+        _LONG,
+        *bands,
+        alone,
+        replace(_LONG, minor=1),
+        _SQUARE,
+        replace(_SQUARE, run=2),
+        replace(_SQUARE, cluster_n=1),
+    ]

@@ -98,19 +98,39 @@ def quantize_rows_and_columns(
 
 
 def quantize_blocks(
-    w_KN: Float[Array, '*E K N'], *, power_of_two: bool = False, implementation: Implementation | None = None
+    w_KN: Float[Array, '*E K N'],
+    *right: Float[Array, '*E K _'],
+    power_of_two: bool = False,
+    implementation: Implementation | None = None,
 ) -> tuple[Quantized, Quantized]:
     """Returns w in blocks of 128x128, twice: values (K, N) with scales (k, n), and both transposed.
 
     Blocks at the edges are partial. The first is what the product with w transposed reads, the second what the
     product with w reads. A stack (E, K, N) is quantised matrix by matrix. 'pallas' serves both dtypes, K and N that are
     multiples of 64, of stacks K that are multiples of 128. Arguments and errors are otherwise those of `quantize_rows`.
+
+    Args:
+      right: weights of the same dtype and K that stand to the right of w, and are quantised as one matrix with it: N is
+        then that of all. All but the last have a multiple of 128 columns.
     """
-    _check('quantize_blocks', w_KN, stacks=True)
-    if choose('quantize_blocks', implementation, lambda: sm90.blocks_refusal(w_KN)) == 'pallas':
-        return sm90.quantize_blocks(w_KN, power_of_two)
+    weights = w_KN, *right
+    for one in weights:
+        _check('quantize_blocks', one, stacks=True)
+        if one.dtype != w_KN.dtype or one.shape[:-1] != w_KN.shape[:-1]:
+            raise ValueError(
+                f'quantize_blocks: weights side by side are {w_KN.dtype}{w_KN.shape} and {one.dtype}{one.shape}: '
+                f'they must differ in their last dimension alone'
+            )
+    for one in weights[:-1]:
+        if right and one.shape[-1] % BLOCK:
+            raise ValueError(
+                f'quantize_blocks: a weight of {one.shape[-1]} columns, all but the last must have multiples of {BLOCK}'
+            )
+    if choose('quantize_blocks', implementation, lambda: sm90.blocks_refusal(*weights)) == 'pallas':
+        return sm90.quantize_blocks(*weights, power_of_two=power_of_two)
+    joined_KN = jnp.concatenate(weights, axis=-1) if right else w_KN
     quantize = functools.partial(reference.quantize_blocks, power_of_two=power_of_two)
-    return quantize(w_KN) if w_KN.ndim == 2 else jax.vmap(quantize)(w_KN)
+    return quantize(joined_KN) if w_KN.ndim == 2 else jax.vmap(quantize)(joined_KN)
 
 
 def quantize_e5m6(x_MK: Float[Array, 'M K'], *, implementation: Implementation | None = None) -> E5M6:

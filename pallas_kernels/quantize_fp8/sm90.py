@@ -17,6 +17,7 @@ The arithmetic is the reference's, bit for bit: both call the same functions on 
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -54,13 +55,14 @@ def refusal(x_MK: Array) -> str | None:
     return None
 
 
-def blocks_refusal(w_KN: Array) -> str | None:
-    """Why `quantize_blocks` does not serve this matrix; None if it does."""
-    *stack, K, N = w_KN.shape
-    if K % CHUNK or N % CHUNK:
-        return f'the input has shape {w_KN.shape}, the kernel serves multiples of {CHUNK}'
-    if stack and K % BLOCK:
-        return f'the input has shape {w_KN.shape}, the kernel serves stacks of {BLOCK} rows or a multiple'
+def blocks_refusal(*weights: Array) -> str | None:
+    """Why `quantize_blocks` does not serve these matrices; None if it does."""
+    for w_KN in weights:
+        *stack, K, N = w_KN.shape
+        if K % CHUNK or N % CHUNK:
+            return f'the input has shape {w_KN.shape}, the kernel serves multiples of {CHUNK}'
+        if stack and K % BLOCK:
+            return f'the input has shape {w_KN.shape}, the kernel serves stacks of {BLOCK} rows or a multiple'
     return None
 
 
@@ -100,13 +102,22 @@ def quantize_rows_and_columns(x_MK: Array, power_of_two: bool = False, **options
     return Quantized(*outs[:2]), Quantized(*outs[2:])
 
 
-def quantize_blocks(w_KN: Array, power_of_two: bool = False, **options: Any) -> tuple[Quantized, Quantized]:
-    """As the reference, also of a stack (E, K, N) with K a multiple of 128; the options are those of `quantize_rows`."""
-    *stack, K, N = w_KN.shape
-    passes = [functools.partial(_blocks, power_of_two=power_of_two, groups=math.prod(stack))]
-    flat = w_KN.reshape(-1, N)
-    values, values_t, scales, scales_t = _quantize('blocks', flat, passes, **options)
-    natural = Quantized(values.reshape(w_KN.shape), scales.reshape(*stack, blocks(K), blocks(N)))
+def quantize_blocks(
+    *weights: Array, power_of_two: bool = False, config: QuantizeConfig | None = None, **options: Any
+) -> tuple[Quantized, Quantized]:
+    """As the reference, also of stacks (E, K, N) with K a multiple of 128.
+
+    The further options are those of `quantize_rows`.
+    """
+    config = config or tuned.config('blocks')
+    *stack, K, _ = weights[0].shape
+    N = sum(w_KN.shape[-1] for w_KN in weights)
+    groups = math.prod(stack)
+    one = _blocks(groups, K, N, config, power_of_two)
+    flat = [w_KN.reshape(groups * K, -1) for w_KN in weights]
+    inputs = [dataclasses.replace(matrix_input(flat[0], config), right=tuple(flat[1:]))]
+    values, values_t, scales, scales_t = walk('quantize_blocks', (groups * K, N), inputs, [one], config, **options)
+    natural = Quantized(values.reshape(*stack, K, N), scales.reshape(*stack, blocks(K), blocks(N)))
     return natural, Quantized(values_t.reshape(*stack, N, K), scales_t.reshape(*stack, blocks(N), blocks(K)))
 
 
@@ -141,11 +152,32 @@ class Input:
       array: in global memory.
       smem: shape and type of the tile's part in shared memory.
       boxes: called with the tile's row and column; returns pairs of indices, of a box of `array` and of its place in `smem`.
+      right: matrices to the right of that one, each from a new tile on.
     """
 
     array: Array
     smem: jax.ShapeDtypeStruct
     boxes: Callable[[Any, Any], list[tuple[tuple, tuple]]]
+    right: tuple[Array, ...] = ()
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self.array, *self.right
+
+    def load(self, row: Any, column: Any, arrays_gmem: list, smem: Any, barrier: Any) -> None:
+        """Copies what the tile takes; the barrier counts its boxes."""
+
+        def copy(array_gmem: Any, column: Any) -> None:
+            for source, target in self.boxes(row, column):
+                plgpu.copy_gmem_to_smem(array_gmem.at[source], smem.at[target], barrier)
+
+        if not self.right:
+            return copy(arrays_gmem[0], column)
+        first = 0
+        for array_gmem in arrays_gmem:
+            end = first + blocks(array_gmem.shape[1])
+            pl.when((column >= first) & (column < end))(functools.partial(copy, array_gmem, column - first))
+            first = end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,9 +256,12 @@ def walk(
     parts_each = config.rows // CHUNK // config.warpgroups
     outs = [out for one in passes for out in one.outs]
     copies = sum(len(one.boxes(0, 0)) for one in inputs)
+    arrays = [one.arrays for one in inputs]
 
     def body(*refs: Any) -> None:
-        inputs_gmem, refs = refs[: len(inputs)], refs[len(inputs) :]
+        rest = iter(refs)
+        inputs_gmem = [[next(rest) for _ in each] for each in arrays]
+        refs = tuple(rest)
         outs_gmem, (inputs_smem, outs_smem, scratch, loaded, released) = refs[: len(outs)], refs[len(outs) :]
         block = lax.axis_index('block')
         warpgroup = lax.axis_index('warpgroup')
@@ -240,8 +275,7 @@ def walk(
             row, column = place(step)
             slot = lax.rem(step, config.stages)
             for one, gmem, smem in zip(inputs, inputs_gmem, inputs_smem, strict=True):
-                for source, target in one.boxes(row, column):
-                    plgpu.copy_gmem_to_smem(gmem.at[source], smem.at[slot, *target], loaded.at[slot])
+                one.load(row, column, gmem, smem.at[slot], loaded.at[slot])
 
         with jax.named_scope('fill'):
             for step in range(config.stages):
@@ -309,7 +343,7 @@ def walk(
         ),
         kernel_name=name,
         interpret=interpret,
-    )(*(one.array for one in inputs))
+    )(*itertools.chain(*arrays))
 
 
 def _rows(x_MK: Array, *, config: QuantizeConfig, power_of_two: bool) -> Pass:
@@ -413,10 +447,9 @@ def _requantized(M: int, K: int, config: QuantizeConfig, power_of_two: bool) -> 
     )
 
 
-def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool, groups: int) -> Pass:
+def _blocks(groups: int, K: int, N: int, config: QuantizeConfig, power_of_two: bool) -> Pass:
     """Values and scales in blocks of 128x128, natural and transposed; each group of rows is transposed by itself."""
     check_square(config)
-    K, N = w_KN.shape[0] // groups, w_KN.shape[1]
 
     def run(tile: Tile, inputs_smem: list, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
         [w_smem] = inputs_smem
@@ -463,7 +496,7 @@ def _blocks(w_KN: Array, *, config: QuantizeConfig, power_of_two: bool, groups: 
     values_smem = _struct((CHUNKS, BLOCK, CHUNK), E4M3)
     return Pass(
         outs=[
-            _struct(w_KN.shape, E4M3),
+            _struct((groups * K, N), E4M3),
             _struct((groups, N, K), E4M3),
             _struct((groups * blocks(K), blocks(N)), jnp.float32),
             _struct((groups, blocks(N), blocks(K)), jnp.float32),

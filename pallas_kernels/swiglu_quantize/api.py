@@ -1,7 +1,7 @@
 """SwiGLU of a joined gate/up product and its gradients, quantised to float8 as they are made.
 
 The hidden values of a SwiGLU layer are read twice, by the product with the down weight and, in the backward pass, by that
-weight's gradient: both want float8, one in tiles along H and one in tiles along tokens. Their float32 values never
+weight's gradient: both want float8, one in tiles along H and one in tiles along tokens. Their bfloat16 values never
 reach memory. Between the passes [DeepSeek-V3, 3.3.3] keeps the input of SwiGLU alone, in float8; the gradients are
 computed from that.
 
@@ -29,7 +29,7 @@ def swiglu_quantize(
 
     The first has values (M, H) with scales (h, Q), as from `quantize_rows`; the second values (H, Q) with scales
     (q, H rounded up to a multiple of 128), as from `quantize_columns`: rows past M count as zeros, and the scales that
-    stand for them mean nothing. Both are quantised from the float32 h: it is not rounded to bfloat16 in between.
+    stand for them mean nothing. Both are of h rounded to bfloat16.
 
     Args:
       gate_up_MG: bfloat16 or float32; the gate in the first H columns, up in the last.
@@ -57,12 +57,13 @@ def swiglu_quantize_backward(
     power_of_two: bool = False,
     columns: bool = True,
     implementation: Implementation | None = None,
-) -> tuple[Quantized, Quantized | None, Float32[Array, 'M'] | None]:
-    """Returns the gradient of gate and up side by side, quantised both ways, and that of the gate weight.
+) -> tuple[Quantized, tuple[Quantized, Quantized] | None, Float32[Array, 'M'] | None]:
+    """Returns the gradients of gate and up, quantised both ways, and that of the gate weight.
 
-    The first has values (M, G) with scales (g, Q), the second values (G, Q) with scales (q, G rounded up to a multiple
-    of 128); as in `swiglu_quantize`, rows past M count as zeros, and nothing is rounded before it is quantised.
-    The third is None without a gate weight.
+    The first is of gate and up side by side, as the input's gradient contracts them: values (M, G) with scales (g, Q). The
+    second is of the gate and of up apart, as the gradients of their weights contract them: values (H, Q) each, with scales
+    (q, H rounded up to a multiple of 128). As in `swiglu_quantize`, rows past M count as zeros, and what is quantised was
+    rounded to bfloat16. The third is None without a gate weight.
 
     Args:
       gate_up: what the forward pass kept of its input: values (M, G) with scales (g, Q), dequantised here; or the

@@ -3,11 +3,10 @@
 Tiles are walked as in `quantize_fp8/sm90.py`. A tile of 128 columns of H takes the gate's columns, and the same columns of
 up; what is quantised of it are one matrix (h) or two (d_gate and d_up), in one or two directions.
 
-Values are computed once, and pass through shared memory in float32, cut into two halves of 16 bits: there is an instruction
-that transposes those on the way back to registers. Their place is that of inputs which have been read, so that
-they cost no room for tiles under way, and registers hold one matrix of 64x64 at a time. Each warpgroup computes and quantises
-its own 64 rows, and after a barrier the transpose of its own 64 columns. Rows it reads back need no barrier: the
-instructions that write and read them move the same 8x8 values in the same warp.
+Values are computed once, in float32, and rounded to bfloat16. Rows are quantised from registers. For the transpose they
+pass through shared memory, from where an instruction transposes them on the way back; their place is that of inputs which
+have been read, so that they cost no room for tiles under way. Each warpgroup computes and quantises its own 64 rows, and
+after a barrier the transpose of its own 64 columns.
 
 The arithmetic is the reference's, but for the last bits of exponentials and quotients: those are the fast ones of the GPU, to
 which a gate below -87 gives zeros.
@@ -35,7 +34,6 @@ from pallas_kernels.quantize_fp8.sm90 import (
     load_transposed,
     matrix_input,
     real_scales,
-    shared,
     walk,
 )
 from pallas_kernels.quantize_fp8.tuned import QuantizeConfig
@@ -92,7 +90,7 @@ def swiglu_quantize_backward(
     columns: bool = True,
     config: QuantizeConfig | None = None,
     **options: Any,
-) -> tuple[Quantized, Quantized | None, Float32[Array, 'M'] | None]:
+) -> tuple[Quantized, tuple[Quantized, Quantized] | None, Float32[Array, 'M'] | None]:
     """As the reference. The further options are those of `quantize_fp8.sm90.quantize_rows`."""
     M, H = d_hidden_MH.shape
     quantized = isinstance(gate_up, Quantized)
@@ -121,9 +119,8 @@ def swiglu_quantize_backward(
     sums = 0 if gate_weight_M is None else 1
     one = _quantize(M, H, 2, sums, compute, config, power_of_two, columns, in_place=quantized)
     outs = walk('swiglu_quantize_backward', (M, H), inputs, [one], config, approx_math=True, **options)
-    rows, rest = Quantized(*outs[:2]), outs[2:]
-    transposed = Quantized(rest.pop(0), rest.pop(0)) if columns else None
-    return rows, transposed, jnp.sum(rest[0], axis=0)[:M] if sums else None
+    rows, *both = (Quantized(*outs[i : i + 2]) for i in range(0, 6 if columns else 2, 2))
+    return rows, tuple(both) or None, jnp.sum(outs[-1], axis=0)[:M] if sums else None
 
 
 def _weights(gate_weight_M: Array | None, M: int, config: QuantizeConfig) -> list[Input]:
@@ -168,83 +165,70 @@ def _quantize(
     columns: bool,
     in_place: bool = False,
 ) -> Pass:
-    """Computed matrices side by side in tiles of 1x128; with `columns` their transposes, one below another; sums over H.
+    """Computed matrices side by side in tiles of 1x128; with `columns` the transpose of each; sums over H.
 
-    What is transposed passes through shared memory in two halves of 16 bits, since there is an instruction that transposes
-    those. They take the place of gate and up; `in_place`, those are float8 and the values of the rows take their place,
-    while the upper halves take that of d_h.
+    What is transposed takes the place of the gate's tile or, with `in_place`, where gate and up are float8, that of d_h; the
+    values of the rows then take the place of gate and up.
     """
     h, Q = blocks(H), round_up(M, BLOCK)
     at = lambda index: pl.ds(index * CHUNK, CHUNK)  # noqa: E731
 
     def run(tile: Tile, inputs_smem: list, outs_gmem: list, outs_smem: list, scratch: list) -> list[tuple[Any, Any]]:
         gmem, smem, stores = iter(outs_gmem), iter(outs_smem), []
-        staged, read, *lower_smem = scratch
-        gate_up_smem = inputs_smem[0]
-        values_smem = gate_up_smem if in_place else next(smem)
+        staged, read = scratch
+        values_smem = inputs_smem[0] if in_place else next(smem)
         values_gmem, scales_gmem, scales_smem = next(gmem), next(gmem), next(smem)
-        transposed = [next(gmem), next(gmem), next(smem), next(smem)] if columns else []
+        transposed = [(next(gmem), next(gmem), next(smem), next(smem)) for _ in range(matrices if columns else 0)]
         sums_gmem, sums_smem = list(gmem), list(smem)
-        halves_smem = [gate_up_smem.at[pl.ds(half * CHUNKS, CHUNKS)] for half in range(2)]
-        if in_place:
-            halves_smem = [inputs_smem[1], *lower_smem]
+        staged_smem = inputs_smem[1] if in_place else inputs_smem[0].at[pl.ds(0, CHUNKS)]
 
         def meet(barrier: Any) -> None:
-            if columns:  # without them, each warpgroup reads its own rows alone
-                plgpu.barrier_arrive(barrier)
-                plgpu.barrier_wait(barrier)
-
-        def stage(chunk: int, x: Array) -> None:
-            for target, half in zip(halves_smem, _split(x), strict=True):
-                target[chunk, rows] = half
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(barrier)
 
         for part in tile.parts:
             rows, rows_gmem = at(part), pl.ds(tile.row * config.rows + part * CHUNK, CHUNK)
-            if in_place:
-                meet(read)  # the lower halves of the last tile
             computed, partial_sums = [], []
             for chunk in range(CHUNKS):
                 chunk_matrices, chunk_terms = compute(inputs_smem, rows, chunk)
-                stage(chunk, chunk_matrices[0])
-                computed.append(chunk_matrices)
+                computed.append([x.astype(jnp.bfloat16) for x in chunk_matrices])
+                if columns:
+                    staged_smem[chunk, rows] = computed[chunk][0]
                 partial_sums.append([jnp.sum(terms, axis=1) for terms in chunk_terms])
-            amax = [
-                jnp.maximum(*(jnp.max(jnp.abs(x), axis=1) for x in chunks)) for chunks in zip(*computed, strict=True)
-            ]
             for index in range(sums):
                 sums_smem[index][rows] = partial_sums[0][index] + partial_sums[1][index]
                 stores.append((sums_smem[index].at[rows], sums_gmem[index].at[tile.column, rows_gmem]))
             for matrix in range(matrices):
-                if matrix:
-                    meet(read)
-                    for chunk in range(CHUNKS):
-                        stage(chunk, computed[chunk][matrix])
-                scale, multiplier = scale_and_multiplier(amax[matrix], power_of_two)
+                chunks = [chunk_matrices[matrix] for chunk_matrices in computed]
+                if columns and not matrix:  # read back, which takes fewer registers than to hold them
+                    chunks = [plgpu.load(staged_smem.at[chunk, rows], layout=_WGMMA) for chunk in range(CHUNKS)]
+                amax = jnp.max(jnp.maximum(*map(jnp.abs, chunks)), axis=1).astype(jnp.float32)
+                scale, multiplier = scale_and_multiplier(amax, power_of_two)
                 scales = pl.ds(matrix * config.rows + part * CHUNK, CHUNK)
                 scales_smem[scales] = scale
                 stores.append((scales_smem.at[scales], scales_gmem.at[matrix * h + tile.column, rows_gmem]))
-                for chunk in range(CHUNKS):
+                for chunk, x in enumerate(chunks):
                     source = values_smem.at[matrix * CHUNKS + chunk, rows]
                     columns_gmem = pl.ds(matrix * H + tile.column * BLOCK + chunk * CHUNK, CHUNK)
-                    x = _join(*(plgpu.load(half.at[chunk, rows], layout=_WGMMA) for half in halves_smem))
                     source[...] = _float8(x, multiplier)
                     stores.append((source, values_gmem.at[rows_gmem, columns_gmem]))
-                if columns:
-                    values_t_gmem, scales_t_gmem, values_t_smem, scales_t_smem = transposed
-                    meet(staged)
-                    x = _join(*(load_transposed(half.at[part]) for half in halves_smem))
-                    scale, multiplier = scale_and_multiplier(jnp.max(jnp.abs(x), axis=1), power_of_two)
-                    channels = pl.ds(matrix * BLOCK + part * CHUNK, CHUNK)
-                    channels_gmem = pl.ds(matrix * H + tile.column * BLOCK + part * CHUNK, CHUNK)
-                    tokens_gmem = pl.ds(tile.row * BLOCK, BLOCK)
-                    values_t_smem[channels], scales_t_smem[channels] = _float8(x, multiplier), scale
-                    stores.append((values_t_smem.at[channels], values_t_gmem.at[channels_gmem, tokens_gmem]))
-                    stores.append((scales_t_smem.at[channels], scales_t_gmem.at[tile.row, channels_gmem]))
+            for matrix, (values_t_gmem, scales_t_gmem, values_t_smem, scales_t_smem) in enumerate(transposed):
+                if matrix:
+                    meet(read)
+                    for chunk in range(CHUNKS):
+                        staged_smem[chunk, rows] = computed[chunk][matrix]
+                meet(staged)
+                x = load_transposed(staged_smem.at[part])
+                scale, multiplier = scale_and_multiplier(jnp.max(jnp.abs(x), axis=1).astype(jnp.float32), power_of_two)
+                channels, channels_gmem = at(part), pl.ds(tile.column * BLOCK + part * CHUNK, CHUNK)
+                values_t_smem[channels], scales_t_smem[channels] = _float8(x, multiplier), scale
+                target = values_t_gmem.at[channels_gmem, pl.ds(tile.row * BLOCK, BLOCK)]
+                stores.append((values_t_smem.at[channels], target))
+                stores.append((scales_t_smem.at[channels], scales_t_gmem.at[tile.row, channels_gmem]))
         return stores
 
-    values = _struct((matrices * CHUNKS, config.rows, CHUNK), E4M3)
     outs = [_struct((M, matrices * H), E4M3), _struct((matrices * h, Q), jnp.float32)]
-    smem = [] if in_place else [values]
+    smem = [] if in_place else [_struct((matrices * CHUNKS, config.rows, CHUNK), E4M3)]
     smem += [_struct((matrices * config.rows,), jnp.float32)]
     if columns:
         check_square(config)
@@ -252,36 +236,20 @@ def _quantize(
             raise ValueError(
                 f'{config=}: transposed tiles are shared by {CHUNKS} warpgroups, and wait for their stores'
             )
-        outs += [_struct((matrices * H, Q), E4M3), _struct((blocks(M), matrices * H), jnp.float32)]
-        smem += [_struct((matrices * BLOCK, BLOCK), E4M3), _struct((matrices * BLOCK,), jnp.float32)]
-    scratch: list = [plgpu.Barrier(num_arrivals=CHUNKS), plgpu.Barrier(num_arrivals=CHUNKS)]
-    if in_place:
-        scratch.append(shared((CHUNKS, config.rows, CHUNK), jnp.bfloat16))
+        outs += [_struct((H, Q), E4M3), _struct((blocks(M), H), jnp.float32)] * matrices
+        smem += [_struct((BLOCK, BLOCK), E4M3), _struct((BLOCK,), jnp.float32)] * matrices
     return Pass(
         outs=outs + [_struct((h, Q), jnp.float32)] * sums,
         smem=smem + [_struct((config.rows,), jnp.float32)] * sums,
         run=run,
-        scratch=scratch,
+        scratch=[plgpu.Barrier(num_arrivals=CHUNKS), plgpu.Barrier(num_arrivals=CHUNKS)],
         stores_inputs=in_place,
     )
 
 
 def _float8(x: Array, multiplier: Array) -> Array:
     """Each row times its multiplier."""
-    return (x * lax.broadcast_in_dim(multiplier, x.shape, [0])).astype(E4M3)
-
-
-def _split(x: Array) -> tuple[Array, Array]:
-    """The upper and the lower 16 bits of float32 values, in bfloat16 that only bear the bits."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    half = lambda bits: lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)  # noqa: E731
-    return half(bits >> 16), half(bits & 0xFFFF)
-
-
-def _join(upper: Array, lower: Array) -> Array:
-    """The inverse of `_split`."""
-    upper, lower = (lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) for x in (upper, lower))
-    return lax.bitcast_convert_type((upper << 16) | lower, jnp.float32)
+    return (x.astype(jnp.float32) * lax.broadcast_in_dim(multiplier, x.shape, [0])).astype(E4M3)
 
 
 def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

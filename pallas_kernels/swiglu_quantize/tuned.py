@@ -1,7 +1,8 @@
 """How the kernels of this folder cut their work, for each operation; `quantize_fp8/tuned.py` tells what the attributes mean.
 
-Bytes of a thread block in shared memory, a tile being `rows` x 128: inputs x stages, the transposed float8 values, and the
-values of the rows or, where those take the place of float8 inputs, as many as h has in bfloat16.
+Bytes of a thread block in shared memory, a tile being `rows` x 128: inputs x stages, the transposed float8 values and, where
+those do not take the place of float8 inputs, the values of the rows. Registers allow the backward pass 8 warps a
+multiprocessor.
 """
 
 from typing import Literal
@@ -18,8 +19,7 @@ _CANDIDATES: dict[Operation, list[QuantizeConfig]] = {
     ],
     'forward_rows': [
         QuantizeConfig(rows=64, warpgroups=1, stages=2, outputs=1, blocks=3),
-        QuantizeConfig(rows=64, warpgroups=1, stages=1, outputs=1, blocks=4),
-        QuantizeConfig(rows=128, warpgroups=2, stages=1, outputs=1, blocks=2),
+        QuantizeConfig(rows=64, warpgroups=1, stages=1, outputs=1, blocks=3),
     ],
     'backward': [
         QuantizeConfig(rows=128, warpgroups=2, stages=2, outputs=1, blocks=1),
@@ -27,7 +27,7 @@ _CANDIDATES: dict[Operation, list[QuantizeConfig]] = {
     ],
     'backward_rows': [
         QuantizeConfig(rows=64, warpgroups=1, stages=2, outputs=1, blocks=2),
-        QuantizeConfig(rows=64, warpgroups=1, stages=1, outputs=1, blocks=3),
+        QuantizeConfig(rows=64, warpgroups=1, stages=1, outputs=1, blocks=2),
     ],
     'backward_bf16': [
         QuantizeConfig(rows=128, warpgroups=2, stages=1, outputs=1, blocks=1),

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 import warnings
 
 import jax
@@ -236,6 +237,37 @@ def test_a_stack_of_weights_is_quantised_matrix_by_matrix(interpret, capfd):
     assert_equal(ours, jax.tree.map(lambda *parts: jnp.stack(parts), *each))
     captured = capfd.readouterr()
     assert 'RACE' not in captured.out + captured.err
+
+
+@pytest.mark.parametrize('interpret', [None, plgpu.InterpretGPUParams(detect_races=True)], ids=['reference', 'kernel'])
+@pytest.mark.parametrize('stack', [(), (2,)])
+def test_weights_side_by_side_are_quantised_as_one(stack, interpret, capfd):
+    whole = jnp.stack([matrix('heavy_tailed', 128, 448, F32) * scale for scale in (1, 1e-3)])
+    whole = whole if stack else whole[0]
+    weights = whole[..., :128], whole[..., 128:384], whole[..., 384:]
+    wanted = jitted(api.quantize_blocks, whole)
+    if interpret is None:
+        assert_equal(api.quantize_blocks(*weights), wanted)
+    else:
+        assert_equal(sm90.quantize_blocks(*weights, cores=1, interpret=interpret), wanted)
+    captured = capfd.readouterr()
+    assert 'RACE' not in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ('shapes', 'dtypes', 'problem'),
+    [
+        ([(8, 128), (4, 128)], (F32, F32), r'float32\(4, 128\)'),
+        ([(8, 128), (8, 128)], (F32, BF16), r'bfloat16\(8, 128\)'),
+        ([(8, 64), (8, 128)], (F32, F32), '64 columns'),
+    ],
+)
+def test_weights_that_cannot_stand_side_by_side_are_named(shapes, dtypes, problem):
+    with pytest.raises(ValueError, match=problem):
+        # Past the shape checks that hold in tests alone.
+        inspect.unwrap(api.quantize_blocks)(
+            *(jnp.ones(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        )
 
 
 def float8_rows(M, K):
