@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 import pallas_kernels
 from deepseek_jax.config import PrecisionConfig
@@ -108,6 +108,46 @@ def einsum(equation: str, x: Array, w: Array | QTensor) -> Array:
 def einsum_fp32(equation: str, x: Array, y: Array) -> Array:
     """A product whose result stays float32: attention scores, router affinities, logits."""
     return jnp.einsum(equation, x, y.astype(x.dtype), precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+def router_product(x_MD: Float[Array, 'M D'], w_DE: Float[Array, 'D E']) -> Float32[Array, 'M E']:
+    """`x @ w` of the router in float32: w, which is float32, loses nothing.
+
+    Bfloat16 activations go through the tensor cores, with w cut into three bfloat16 terms that add up to it, and so does the
+    gradient of w; that of x, which is rounded to bfloat16, has two terms each.
+    """
+    if x_MD.dtype == jnp.bfloat16:
+        return _split_product(x_MD, w_DE)
+    return einsum_fp32('MD,DE->ME', x_MD, w_DE)
+
+
+@jax.custom_vjp
+def _split_product(x_MD: Array, w_DE: Array) -> Array:
+    products = jnp.dot(x_MD, jnp.concatenate(_terms(w_DE, 3), axis=1), preferred_element_type=jnp.float32)
+    large, middle, small = jnp.split(products, 3, axis=1)
+    return large + (middle + small)
+
+
+def _split_product_backward(saved: tuple[Array, Array], d_ME: Array) -> tuple[Array, Array]:
+    x_MD, w_DE = saved
+    d_w_DE = _split_product(x_MD.T, d_ME)
+    (d_large, d_small), (w_large, w_small) = _terms(d_ME, 2), _terms(w_DE, 2)
+    d_terms = jnp.concatenate([d_large, d_large, d_small], axis=1)
+    w_terms = jnp.concatenate([w_large, w_small, w_large], axis=1)
+    return jnp.dot(d_terms, w_terms.T, preferred_element_type=jnp.float32).astype(x_MD.dtype), d_w_DE
+
+
+_split_product.defvjp(lambda x, w: (_split_product(x, w), (x, w)), _split_product_backward)
+
+
+def _terms(x: Array, count: int) -> list[Array]:
+    """Bfloat16 arrays, each of what the ones before leave of x: three add up to a float32 x."""
+    terms = []
+    for _ in range(count):
+        # XLA may cancel a conversion to bfloat16 against one back, this it does not.
+        terms.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - terms[-1]
+    return [term.astype(jnp.bfloat16) for term in terms]
 
 
 def grouped_matmul(

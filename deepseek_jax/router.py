@@ -30,7 +30,7 @@ class Routing(NamedTuple):
 @jax.named_scope('route')
 def route(params: Mapping[str, Array], x_MD: Float[Array, 'M D'], config: MoEConfig) -> Routing:
     """Chooses `top_k` experts a token by `s + b`; gates use `s` alone [eq. 12-16]."""
-    affinity_ME = jax.nn.sigmoid(ops.einsum_fp32('MD,DE->ME', x_MD.astype(jnp.float32), params['w_router_DE']))
+    affinity_ME = jax.nn.sigmoid(ops.router_product(x_MD, params['w_router_DE']))
     bias_E = jax.lax.stop_gradient(params['router_bias_E'])
     experts_MK = select_experts(jax.lax.stop_gradient(affinity_ME) + bias_E, config)
     chosen_MK = jnp.take_along_axis(affinity_ME, experts_MK, axis=-1)

@@ -86,6 +86,12 @@ class JaxWork:
         self.wait()
         return results
 
+    def compiled_text(self) -> str:
+        """The program as XLA compiled it: HLO, in the order in which it runs."""
+        text = self._program.as_text()
+        assert text is not None
+        return text
+
     def span(self, passes: int) -> float:
         start = time.perf_counter()
         for _ in range(passes):
@@ -178,7 +184,8 @@ class Clock:
                 seconds.append(one_pass / work.calls)
         return [1e6 * statistics.median(seconds) for seconds in rounds], method
 
-    def _kernel_seconds(self, work: Work, passes: int) -> float:
+    def kernels(self, work: Work, passes: int) -> list[tuple[str, float]]:
+        """Name and seconds of every kernel of that many passes, in the order of their launch; for a clock of kernels."""
         self._cupti._cupti_init()
         try:
             for _ in range(passes):
@@ -186,7 +193,10 @@ class Clock:
             work.wait()
         finally:
             timings = self._cupti._cupti_get_timings(True)
-        return seconds_of_a_pass([1e-3 * milliseconds for _, milliseconds in timings], passes)
+        return [(name, 1e-3 * milliseconds) for name, milliseconds in timings]
+
+    def _kernel_seconds(self, work: Work, passes: int) -> float:
+        return seconds_of_a_pass([seconds for _, seconds in self.kernels(work, passes)], passes)
 
 
 def seconds_of_a_pass(kernel_seconds: Sequence[float], passes: int) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import deepseek_jax as ds
-from deepseek_jax import router
+from deepseek_jax import ops, router
 
 MOE = ds.MoEConfig(
     num_experts=16, num_shared_experts=0, top_k=4, num_groups=4, top_groups=2, ffn_dim=8, gate_scale=2.5
@@ -37,6 +37,26 @@ def test_route_equals_selection_by_hand():
         gates = dict(zip(np.asarray(routing.experts_MK[token]), np.asarray(routing.gates_MK[token]), strict=True))
         for expert in chosen:
             assert gates[expert] == pytest.approx(2.5 * s[expert] / s[chosen].sum(), rel=1e-5)
+
+
+def test_product_of_bfloat16_activations_loses_nothing_of_the_weight():
+    rng = np.random.default_rng(0)
+    x_MD = jnp.asarray(rng.standard_normal((64, 512)), jnp.bfloat16)
+    w_DE = jnp.asarray(rng.standard_normal((512, 32)) * np.exp(rng.standard_normal((512, 32))), jnp.float32)
+    d_ME = jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)
+    x, w, d = (np.asarray(a, np.float64) for a in (x_MD, w_DE, d_ME))
+    logits_ME, pull = jax.jit(lambda x, w: jax.vjp(ops.router_product, x, w))(x_MD, w_DE)
+    d_x_MD, d_w_DE = pull(d_ME)
+    assert (logits_ME.dtype, d_x_MD.dtype, d_w_DE.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    # In units of the sums of magnitudes: float32 sums, and one rounding of d_x to bfloat16.
+    for got, wanted, size, tolerance in (
+        (logits_ME, x @ w, abs(x) @ abs(w), 1e-6),
+        (d_w_DE, x.T @ d, abs(x).T @ abs(d), 1e-6),
+        (d_x_MD, d @ w.T, abs(d) @ abs(w).T, 2**-9),
+    ):
+        assert np.max(np.abs(np.asarray(got, np.float64) - wanted) / size) < tolerance
+    rounded = np.abs(x @ np.asarray(w_DE.astype(jnp.bfloat16), np.float64) - x @ w) / (abs(x) @ abs(w))
+    assert rounded.max() > 1e-4  # what casting the weight would cost
 
 
 def test_groups_limit_where_experts_are_chosen():
