@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int
 import pallas_kernels
 from deepseek_jax.config import PrecisionConfig
 from pallas_kernels import ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
-from pallas_kernels.fp8 import dequantize_blocks
+from pallas_kernels.fp8 import dequantize_blocks, rounded
 from pallas_kernels.implementation import hopper_cores
 
 QUANTIZED = 'quantized'
@@ -144,10 +144,9 @@ def _terms(x: Array, count: int) -> list[Array]:
     """Bfloat16 arrays, each of what the ones before leave of x: three add up to a float32 x."""
     terms = []
     for _ in range(count):
-        # XLA may cancel a conversion to bfloat16 against one back, this it does not.
-        terms.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        terms.append(rounded(x, jnp.bfloat16))
         x = x - terms[-1]
-    return [term.astype(jnp.bfloat16) for term in terms]
+    return terms
 
 
 def grouped_matmul(

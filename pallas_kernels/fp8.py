@@ -6,7 +6,9 @@ of the same dimension, the last of which may be partial: `k = ceil(K / 128)`. `Q
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 BLOCK = 128
@@ -42,6 +44,12 @@ def dequantize_blocks(
     rows, width = values.shape[-2:]
     spread = jnp.repeat(jnp.repeat(scales, BLOCK, axis=-2), BLOCK, axis=-1)
     return values.astype(jnp.float32) * spread[..., :rows, :width]
+
+
+def rounded(x: Float32[Array, '...'], dtype: DTypeLike) -> Float[Array, '...']:
+    """x in another float type, rounded for sure: XLA may cancel a plain conversion against a later one back to float32."""
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant).astype(dtype)
 
 
 def check_dtypes(operation: str, side: str, x: Quantized) -> None:

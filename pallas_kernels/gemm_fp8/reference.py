@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.fp8 import Quantized, dequantize_blocks, dequantize_rows
+from pallas_kernels.fp8 import Quantized, dequantize_blocks, dequantize_rows, rounded
 
 
 def gemm_fp8(lhs: Quantized, rhs: Quantized, out_dtype: DTypeLike) -> Float[Array, 'M N']:
     """`lhs @ rhs.T`; scales of 1x128 tiles (k, Q) on the left, of 128x128 blocks (n, k) on the right."""
-    return _product(dequantize_rows(lhs), dequantize_blocks(*rhs)).astype(out_dtype)
+    return rounded(_product(dequantize_rows(lhs), dequantize_blocks(*rhs)), out_dtype)
 
 
 def wgrad_fp8(lhs: Quantized, rhs: Quantized, accumulator_MN: Array | None) -> Float32[Array, 'M N']:

@@ -6,6 +6,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 
+from pallas_kernels.fp8 import rounded
 from pallas_kernels.groups import ALIGNMENT, contiguous_tiles, group_starts
 
 
@@ -31,7 +32,7 @@ def grouped_gemm_bf16(
             return jnp.einsum(equation, lhs_RK, rhs_EKN[expert], preferred_element_type=jnp.float32)
 
         out_RN = lax.cond(real_R.any(), product, lambda: jnp.zeros((ALIGNMENT, columns), jnp.float32))
-        return jnp.where(real_R[:, None], out_RN, 0).astype(out_dtype)
+        return rounded(jnp.where(real_R[:, None], out_RN, 0), out_dtype)
 
     expert_T, real_TR = _owners(group_sizes_E, lhs_MK.shape[0])
     out_TRN = lax.map(multiply, (lhs_MK.reshape(-1, ALIGNMENT, lhs_MK.shape[1]), expert_T, real_TR))
@@ -51,7 +52,8 @@ def masked_gemm_bf16(
     equation = 'erk,enk->ern' if transpose_rhs else 'erk,ekn->ern'
     out_ERN = jnp.einsum(equation, lhs_ERK, rhs_EKN, preferred_element_type=jnp.float32)
     real_ER = jnp.arange(lhs_ERK.shape[1]) < counts_E[:, None]
-    return jnp.where(real_ER[..., None], out_ERN, 0).astype(out_dtype).reshape(lhs_MK.shape[0], -1)
+    out_MN = jnp.where(real_ER[..., None], out_ERN, 0).reshape(lhs_MK.shape[0], -1)
+    return rounded(out_MN, out_dtype)
 
 
 def grouped_wgrad_bf16(

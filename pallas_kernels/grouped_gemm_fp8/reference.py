@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.fp8 import Quantized, dequantize_blocks, dequantize_rows
+from pallas_kernels.fp8 import Quantized, dequantize_blocks, dequantize_rows, rounded
 from pallas_kernels.groups import ALIGNMENT, Tiles, contiguous_tiles, group_starts, masked_tiles
 
 PRECISION = jax.lax.Precision.HIGHEST
@@ -17,13 +17,15 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 def grouped_gemm_fp8(lhs: Quantized, rhs: Quantized, group_sizes_E: Array, out_dtype: DTypeLike) -> Float[Array, 'M N']:
     tiles = contiguous_tiles(group_sizes_E, ALIGNMENT, lhs.values.shape[0])
-    return _rows_of_tiles(lhs, rhs, tiles, ALIGNMENT, group_starts(group_sizes_E), group_sizes_E).astype(out_dtype)
+    out_MN = _rows_of_tiles(lhs, rhs, tiles, ALIGNMENT, group_starts(group_sizes_E), group_sizes_E)
+    return rounded(out_MN, out_dtype)
 
 
 def masked_gemm_fp8(lhs: Quantized, rhs: Quantized, counts_E: Array, out_dtype: DTypeLike) -> Float[Array, 'M N']:
     rows = lhs.values.shape[0] // counts_E.shape[0]
     starts_E = rows * jnp.arange(counts_E.shape[0])
-    return _rows_of_tiles(lhs, rhs, masked_tiles(counts_E, rows, rows), rows, starts_E, counts_E).astype(out_dtype)
+    out_MN = _rows_of_tiles(lhs, rhs, masked_tiles(counts_E, rows, rows), rows, starts_E, counts_E)
+    return rounded(out_MN, out_dtype)
 
 
 def grouped_wgrad_fp8(

@@ -40,11 +40,16 @@ def candidates(operation: str, m: int, groups: int, n: int, k: int) -> list[Gemm
         return list(_few_rows(m // groups, k))
     replace = dataclasses.replace
     if operation == 'grouped_wgrad_fp8':
-        roomy = replace(dense.WIDE, stages=3, out_buffers=4)
         wide = [
-            replace(one, **shared) for one in (dense.WIDE, roomy) for shared in ({}, {'cluster_n': 2}, {'cluster_m': 2})
+            {},
+            {'stages': 3, 'out_buffers': 4},
+            {'cluster_n': 2},
+            {'cluster_m': 2},
+            {'minor': 0},
+            {'width': 4},
+            {'width': 16},
         ]
-        return [*wide, dense.LONG_SHARED]
+        return [*(replace(dense.WIDE, **change) for change in wide), dense.LONG_SHARED]
     alone = replace(_LONG, cluster_n=1)
     bands = [replace(_LONG, width=width) for width in (4, 16)]
     return [

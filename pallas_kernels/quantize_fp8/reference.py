@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.fp8 import BLOCK, E4M3, E4M3_MAX, Quantized, blocks, dequantize_rows, round_up
+from pallas_kernels.fp8 import BLOCK, E4M3, E4M3_MAX, Quantized, blocks, dequantize_rows, round_up, rounded
 
 AMAX_FLOOR = 2.0**-116
 E5M6_AMAX_FLOOR = 2.0**-110
@@ -113,7 +113,7 @@ def quantize_columns(x_MK: Array, power_of_two: bool) -> Quantized:
 
 def requantize_columns(x: Quantized, power_of_two: bool) -> Quantized:
     """`quantize_columns` of the matrix that rows in float8 stand for, rounded to bfloat16."""
-    return quantize_columns(dequantize_rows(x).astype(jnp.bfloat16), power_of_two)
+    return quantize_columns(rounded(dequantize_rows(x), jnp.bfloat16), power_of_two)
 
 
 def quantize_rows_and_columns(x_MK: Array, power_of_two: bool) -> tuple[Quantized, Quantized]:

@@ -16,11 +16,10 @@ Between the passes [DeepSeek-V3, 3.3.3] keeps the input of SwiGLU in float8 and 
 are those at the dequantised input, whatever the forward pass multiplied.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from pallas_kernels.fp8 import Quantized, dequantize_rows
+from pallas_kernels.fp8 import Quantized, dequantize_rows, rounded
 from pallas_kernels.quantize_fp8.reference import quantize_columns, quantize_rows
 
 
@@ -47,8 +46,8 @@ def swiglu_quantize(
     gate_up_MG: Array, gate_weight_M: Array | None, power_of_two: bool, columns: bool
 ) -> tuple[Quantized, Quantized | None]:
     gate_MH, up_MH = jnp.split(gate_up_MG.astype(jnp.float32), 2, axis=1)
-    hidden_MH = swiglu(gate_MH, up_MH, None if gate_weight_M is None else gate_weight_M[:, None])
-    hidden_MH = _bfloat16(hidden_MH)
+    weight_M1 = None if gate_weight_M is None else gate_weight_M[:, None]
+    hidden_MH = rounded(swiglu(gate_MH, up_MH, weight_M1), jnp.bfloat16)
     return quantize_rows(hidden_MH, power_of_two), quantize_columns(hidden_MH, power_of_two) if columns else None
 
 
@@ -59,12 +58,7 @@ def swiglu_quantize_backward(
     gate_MH, up_MH = jnp.split(gate_up_MG, 2, axis=1)
     weight_M1 = None if gate_weight_M is None else gate_weight_M[:, None]
     d_gate_MH, d_up_MH, terms_MH = swiglu_gradients(gate_MH, up_MH, d_hidden_MH.astype(jnp.float32), weight_M1)
-    d_gate_MH, d_up_MH = _bfloat16(d_gate_MH), _bfloat16(d_up_MH)
+    d_gate_MH, d_up_MH = (rounded(x, jnp.bfloat16) for x in (d_gate_MH, d_up_MH))
     rows = quantize_rows(jnp.concatenate([d_gate_MH, d_up_MH], axis=1), power_of_two)
     both = (quantize_columns(d_gate_MH, power_of_two), quantize_columns(d_up_MH, power_of_two)) if columns else None
     return rows, both, None if terms_MH is None else jnp.sum(terms_MH, axis=1)
-
-
-def _bfloat16(x: Array) -> Array:
-    """Rounds to bfloat16. XLA may cancel a conversion to it against one back, this it does not."""
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)

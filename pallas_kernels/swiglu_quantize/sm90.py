@@ -119,8 +119,8 @@ def swiglu_quantize_backward(
     sums = 0 if gate_weight_M is None else 1
     one = _quantize(M, H, 2, sums, compute, config, power_of_two, columns, in_place=quantized)
     outs = walk('swiglu_quantize_backward', (M, H), inputs, [one], config, approx_math=True, **options)
-    rows, *both = (Quantized(*outs[i : i + 2]) for i in range(0, 6 if columns else 2, 2))
-    return rows, tuple(both) or None, jnp.sum(outs[-1], axis=0)[:M] if sums else None
+    both = (Quantized(*outs[2:4]), Quantized(*outs[4:6])) if columns else None
+    return Quantized(*outs[:2]), both, jnp.sum(outs[-1], axis=0)[:M] if sums else None
 
 
 def _weights(gate_weight_M: Array | None, M: int, config: QuantizeConfig) -> list[Input]:

@@ -257,7 +257,8 @@ def test_grouped_wgrad_compiles_for_hopper_without_spills(accumulate):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ('name', 'n', 'k'), [('random', 576, 512), ('random', 4096, 7168), ('one_has_all', 576, 512), ('none', 576, 512)]
+    ('name', 'n', 'k'),
+    [('random', 576, 512), ('random', 64, 128), ('random', 4096, 7168), ('one_has_all', 576, 512), ('none', 576, 512)],
 )
 def test_gpu_forms_equal_the_float64_products(name, n, k):
     used = group_rows(name)
