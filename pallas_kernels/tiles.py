@@ -1,10 +1,52 @@
-"""What the product kernels have in common: how tiles lie in shared memory, and how results leave it."""
+"""What the product kernels have in common: how they cut their work, how tiles lie in shared memory, how results leave it."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How a product kernel cuts its work.
+
+    Attributes:
+      wgs_m, wgs_n: math warpgroups of a block along rows and along columns.
+      wg_columns: columns a warpgroup owns.
+      stages: slots of the operand ring.
+      cluster_m, cluster_n: blocks of a cluster along rows (they share the right operand) or along columns (the left one).
+      minor, width: order of the tiles: the dimension that moves fastest (0 rows, 1 columns) within a band this wide.
+      out_buffers: output chunks a warpgroup may have in flight.
+    """
+
+    wgs_m: int = 2
+    wgs_n: int = 1
+    wg_columns: int = 128
+    stages: int = 4
+    cluster_m: int = 1
+    cluster_n: int = 1
+    minor: int = 1
+    width: int = 8
+    out_buffers: int = 1
+
+    @property
+    def warpgroups(self) -> int:
+        return self.wgs_m * self.wgs_n
+
+    @property
+    def rows(self) -> int:
+        """Of a tile: 64 a warpgroup."""
+        return self.wgs_m * 64
+
+    @property
+    def columns(self) -> int:
+        return self.wgs_n * self.wg_columns
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_m * self.cluster_n
 
 
 def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:

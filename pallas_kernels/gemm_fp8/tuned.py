@@ -3,6 +3,7 @@
 import dataclasses
 
 from pallas_kernels.fp8 import BLOCK, blocks, round_up
+from pallas_kernels.tiles import TileConfig
 
 CORES = 132
 SHARED_BYTES = 232_448
@@ -11,52 +12,26 @@ ROWS_IN_FLIGHT = 1024  # of the left operand; more were slower
 
 
 @dataclasses.dataclass(frozen=True)
-class GemmConfig:
-    """How one kernel cuts its work.
+class GemmConfig(TileConfig):
+    """How one kernel cuts its work: `TileConfig`, with three math warpgroups at most and columns that divide 128.
 
     Attributes:
-      wgs_m, wgs_n: math warpgroups of a block along rows and along columns; three in all at most.
-      wg_columns: columns a warpgroup owns; they divide 128.
       waves: times 64 rows that a warpgroup owns; it multiplies them one after the other.
-      stages: slots of the operand ring.
       run: products that follow each other without a pause: above 1 two of them are in flight, which takes registers
         for two partial sums. One or two math warpgroups of one wave have them.
       tile_scales: scales of a tile come in one copy before its first block of K and not with each block. For few rows:
         a block then takes less time than the fence between reads of its scales and the next copy to their place.
         One block of 128 columns a tile, no cluster, `gemm_fp8` only.
-      cluster_m, cluster_n: blocks of a cluster along rows (they share the right operand) or along columns.
-      minor, width: order of the tiles: the dimension that moves fastest (0 rows, 1 columns) within a band this wide.
-      out_buffers: output chunks a warpgroup may have in flight.
     """
 
-    wgs_m: int = 2
-    wgs_n: int = 1
-    wg_columns: int = 128
-    waves: int = 1
     stages: int = 6
+    waves: int = 1
     run: int = 4
     tile_scales: bool = False
-    cluster_m: int = 1
-    cluster_n: int = 1
-    minor: int = 1
-    width: int = 8
-    out_buffers: int = 1
-
-    @property
-    def warpgroups(self) -> int:
-        return self.wgs_m * self.wgs_n
 
     @property
     def rows(self) -> int:
         return self.wgs_m * self.waves * 64
-
-    @property
-    def columns(self) -> int:
-        return self.wgs_n * self.wg_columns
-
-    @property
-    def cluster(self) -> int:
-        return self.cluster_m * self.cluster_n
 
     def scale_slots(self, k: int) -> int:
         """Slots for the scales of a whole tile: two, unless they are large."""

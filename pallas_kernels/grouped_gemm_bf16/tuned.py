@@ -2,50 +2,23 @@
 
 import dataclasses
 
+from pallas_kernels.tiles import TileConfig
+
 SHARED_BYTES = 232_448
 RESERVED_BYTES = 2048  # for barriers and alignment
 STEP = 64  # contracted values of one slot: 128 bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedConfig:
-    """How one kernel cuts its work.
+class GroupedConfig(TileConfig):
+    """How one kernel cuts its work: `TileConfig`, with two math warpgroups and 256 columns of each at most.
 
-    Attributes:
-      wgs_m, wgs_n: math warpgroups of a block along rows and along columns; two in all at most.
-      wg_columns: columns a warpgroup owns, of 64 rows; at most 256.
-      stages: slots of the operand ring.
-      cluster_m, cluster_n: blocks of a cluster along rows (they share the right operand, which only weight gradients
-        can: other row tiles may belong to another expert) or along columns (they share the left one).
-      minor, width: order of the tiles: the dimension that moves fastest (0 rows, 1 columns) within a band this wide.
-      out_buffers: output chunks a warpgroup may have in flight.
+    Clusters along rows share the right operand, which only weight gradients can: other row tiles may belong to another
+    expert.
     """
 
-    wgs_m: int = 2
-    wgs_n: int = 1
     wg_columns: int = 256
-    stages: int = 4
-    cluster_m: int = 1
-    cluster_n: int = 1
-    minor: int = 1
-    width: int = 8
     out_buffers: int = 2
-
-    @property
-    def warpgroups(self) -> int:
-        return self.wgs_m * self.wgs_n
-
-    @property
-    def rows(self) -> int:
-        return self.wgs_m * 64
-
-    @property
-    def columns(self) -> int:
-        return self.wgs_n * self.wg_columns
-
-    @property
-    def cluster(self) -> int:
-        return self.cluster_m * self.cluster_n
 
     @property
     def shared_bytes(self) -> int:
