@@ -24,14 +24,21 @@ class Attend(NamedTuple):
     """What every attention layer of one call shares.
 
     Attributes:
-      positions_BT: position of each query token; also the cache slot it is written to.
-      mask_BTS: True where a query may look at a key.
+      positions_BT: position of each query token; also the cache slot it is written to, and the last one it looks at.
       rotation: cosines and sines of `positions_BT`.
+      segments_BT: document of each token, without a cache; tokens look at those of their document. None: all are of one.
     """
 
     positions_BT: Int[Array, 'B T']
-    mask_BTS: Bool[Array, '#B T S']
     rotation: rope.Rotation
+    segments_BT: Int[Array, 'B T'] | None = None
+
+    def mask(self, keys: int) -> Bool[Array, 'B T S']:
+        """True where a query may look at one of so many keys."""
+        mask_BTS = jnp.arange(keys) <= self.positions_BT[:, :, None]
+        if self.segments_BT is not None:
+            mask_BTS &= self.segments_BT[:, :, None] == self.segments_BT[:, None]
+        return mask_BTS
 
 
 def parameter_names(config: MLAConfig) -> tuple[str, ...]:
@@ -60,7 +67,7 @@ def attention(
         cache = cache.write(latent_BSC, k_rope_BSR, attend.positions_BT)
         latent_BSC, k_rope_BSR = cache
     form = _absorbed if absorbed else _expanded
-    out_BTHU = form(params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend.mask_BTS, config)
+    out_BTHU = form(params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend, config)
     return ops.linear('BTHU,HUD->BTD', out_BTHU, params['w_o_HUD'], config.precision), cache
 
 
@@ -90,27 +97,26 @@ def project(
 
 
 def attention_probabilities(
-    scores_BHTS: Float[Array, 'B H T S'], mask_BTS: Bool[Array, '#B T S']
+    scores_BHTS: Float[Array, 'B H T S'], mask_BTS: Bool[Array, 'B T S']
 ) -> Float[Array, 'B H T S']:
     """Softmax over the allowed keys, in float32. Every query must have at least one."""
     return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min), axis=-1)
 
 
-def _expanded(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, mask_BTS, config: ModelConfig):
+def _expanded(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend: Attend, config: ModelConfig):
     """Keys and values per head from the latent [eq. 2, 5], then `softmax(q k / sqrt(N + R)) v` [eq. 10]."""
     weights = [params[name] for name in ('w_uk_CHN', 'w_uv_CHU')]
     k_BSHN, v_BSHU = ops.linears('BSC,CHN,CHU->BSHN,BSHU', latent_BSC, weights, config.precision)
-    scores_BHTS = ops.einsum_fp32('BTHN,BSHN->BHTS', q_BTHN, k_BSHN)
-    scores_BHTS += ops.einsum_fp32('BTHR,BSR->BHTS', q_rope_BTHR, k_rope_BSR)
-    probabilities_BHTS = attention_probabilities(scores_BHTS * config.softmax_scale, mask_BTS).astype(v_BSHU.dtype)
-    return ops.einsum('BHTS,BSHU->BTHU', probabilities_BHTS, v_BSHU)
+    inputs = q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU
+    return ops.attention(*inputs, config.softmax_scale, attend.positions_BT, attend.segments_BT)
 
 
-def _absorbed(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, mask_BTS, config: ModelConfig):
+def _absorbed(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend: Attend, config: ModelConfig):
     """`q . (W_uk c) = (W_uk^T q) . c` and `sum_s p_s (W_uv c_s) = W_uv (sum_s p_s c_s)`."""
     q_BTHC = ops.einsum('BTHN,CHN->BTHC', q_BTHN, params['w_uk_CHN'])
     scores_BHTS = ops.einsum_fp32('BTHC,BSC->BHTS', q_BTHC, latent_BSC)
     scores_BHTS += ops.einsum_fp32('BTHR,BSR->BHTS', q_rope_BTHR, k_rope_BSR)
+    mask_BTS = attend.mask(latent_BSC.shape[1])
     probabilities_BHTS = attention_probabilities(scores_BHTS * config.softmax_scale, mask_BTS).astype(latent_BSC.dtype)
     out_BTHC = ops.einsum('BHTS,BSC->BTHC', probabilities_BHTS, latent_BSC)
     return ops.einsum('BTHC,CHU->BTHU', out_BTHC, params['w_uv_CHU'])

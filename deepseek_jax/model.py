@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.core
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from deepseek_jax import mla, moe, ops, rope
 from deepseek_jax.block import Block, declare, rematerialised
@@ -133,11 +133,8 @@ def causal_attend(
 ) -> mla.Attend:
     """Attention of tokens to themselves and those before; with segments, to those of the same document."""
     positions_T = jnp.arange(tokens_BT.shape[1])
-    mask_BTS: Bool[Array, 'B T S'] = (positions_T[:, None] >= positions_T)[None]
-    if segments_BT is not None:
-        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
     rotation = rope.rotation(positions_T[None], config.mla.rope_head_dim, config.rope)
-    return mla.Attend(jnp.broadcast_to(positions_T, tokens_BT.shape), mask_BTS, rotation)
+    return mla.Attend(jnp.broadcast_to(positions_T, tokens_BT.shape), rotation, segments_BT)
 
 
 def states(
@@ -221,9 +218,7 @@ def extend(
       config: the model.
       absorbed: which form of attention: False expands the latent (prefill), True attends to it (decode).
     """
-    mask_BTS = jnp.arange(cache.max_length) <= positions_BT[:, :, None]
-    rotation = rope.rotation(positions_BT, config.mla.rope_head_dim, config.rope)
-    attend = mla.Attend(positions_BT, mask_BTS, rotation)
+    attend = mla.Attend(positions_BT, rope.rotation(positions_BT, config.mla.rope_head_dim, config.rope))
     out = DeepSeekV3(config, absorbed).apply({'params': params}, tokens_BT, attend, cache, None)
     return out.hidden_BTD, out.cache  # pyright: ignore
 

@@ -149,6 +149,27 @@ def _terms(x: Array, count: int) -> list[Array]:
     return terms
 
 
+def attention(
+    q_BTHN: Float[Array, 'B T H N'],
+    q_rope_BTHR: Float[Array, 'B T H R'],
+    k_BSHN: Float[Array, 'B S H N'],
+    k_rope_BSR: Float[Array, 'B S R'],
+    v_BSHU: Float[Array, 'B S H U'],
+    scale: float,
+    positions_BT: Int[Array, 'B T'],
+    segments_BT: Int[Array, 'B T'] | None,
+) -> Float[Array, 'B T H U']:
+    """`softmax(scale * (q k + q_rope k_rope)) v` over the keys up to each query's position, in its segment.
+
+    Scores are never kept for the backward pass, nor held for more than a block of queries.
+    """
+    if not q_BTHN.size:
+        return jnp.zeros((*q_BTHN.shape[:3], v_BSHU.shape[3]), v_BSHU.dtype)
+    segments = None if segments_BT is None else (segments_BT, segments_BT)
+    inputs = q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU
+    return pallas_kernels.flash_mla(*inputs, scale=scale, segments=segments, positions_BT=positions_BT)[0]
+
+
 def grouped_matmul(
     x_JK: Float[Array, 'J K'], w_EKN: Float[Array, 'E K N'], group_sizes_E: Int[Array, ' E']
 ) -> Float[Array, 'J N']:
