@@ -155,9 +155,7 @@ def _route(
     params: Mapping[str, Any], x_BTD: jax.Array, config: MoEConfig
 ) -> tuple[router.Routing, moe.Balance, pallas_kernels.Routes]:
     routing = router.route(params, x_BTD.reshape(-1, x_BTD.shape[-1]), config)
-    load_E = router.expert_load(routing.experts_MK, config.num_experts)
-    affinity_BTE = routing.affinity_ME.reshape(*x_BTD.shape[:-1], -1)
-    balance = moe.Balance(load_E, router.balance_loss(affinity_BTE, config.top_k))
+    balance = moe.balance(routing, x_BTD.shape[:-1], config)
     return routing, balance, pallas_kernels.routes(routing.experts_MK, config.num_experts)
 
 

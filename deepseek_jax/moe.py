@@ -67,7 +67,11 @@ def moe(
     if config.num_shared_experts:
         with jax.named_scope('shared'):
             y_BTD = y_BTD + swiglu(params['shared'], x_BTD, precision)
-    affinity_BTE = routing.affinity_ME.reshape(*x_BTD.shape[:-1], -1)
-    return y_BTD, Balance(
-        router.expert_load(routing.experts_MK, config.num_experts), router.balance_loss(affinity_BTE, config.top_k)
-    )
+    return y_BTD, balance(routing, x_BTD.shape[:-1], config)
+
+
+def balance(routing: router.Routing, batch: tuple[int, ...], config: MoEConfig) -> Balance:
+    """How evenly experts are used by the routing of a batch of shape (B, T)."""
+    affinity_BTE = routing.affinity_ME.reshape(*batch, -1)
+    load_E = router.expert_load(routing.experts_MK, config.num_experts)
+    return Balance(load_E, router.balance_loss(affinity_BTE, config.top_k))

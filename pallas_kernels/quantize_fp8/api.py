@@ -122,7 +122,7 @@ def quantize_blocks(
                 f'they must differ in their last dimension alone'
             )
     for one in weights[:-1]:
-        if right and one.shape[-1] % BLOCK:
+        if one.shape[-1] % BLOCK:
             raise ValueError(
                 f'quantize_blocks: a weight of {one.shape[-1]} columns, all but the last must have multiples of {BLOCK}'
             )
