@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.flash_mla import reference
-from pallas_kernels.flash_mla.reference import Inputs, Sight
+from pallas_kernels.flash_mla.reference import Inputs
+from pallas_kernels.flash_mla.sight import Sight
 
 
 def flash_mla(

@@ -7,7 +7,7 @@
 Queries are taken BLOCK at a time, so that scores take memory for so many queries only. A query that sees no key has o = 0 and
 lse = -inf. Backward, with delta = sum(d_o * o) - d_lse:
 
-  d_v = sum p d_o,   d_s = scale * p * (d_o . v - delta),   d_q = sum d_s k,   d_k = sum d_s q
+  d_v = sum p d_o,   d_s = p * (d_o . v - delta),   d_q = scale * sum d_s k,   d_k = scale * sum d_s q
 
 where p and d_s are rounded to the type of the other factor. Gradients sum in float32 and are rounded once.
 """
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32
 
+from pallas_kernels.flash_mla.sight import Sight
 from pallas_kernels.fp8 import rounded
 
 BLOCK = 512
@@ -33,14 +34,6 @@ class Inputs(NamedTuple):
     k_BSHN: Float[Array, 'B S H N']
     k_rope_BSR: Float[Array, 'B S R']
     v_BSHU: Float[Array, 'B S H U']
-
-
-class Sight(NamedTuple):
-    """Which keys a query sees: those of its segment, up to its position."""
-
-    positions_BT: Int[Array, 'B T']
-    q_segments_BT: Int[Array, 'B T']
-    k_segments_BS: Int[Array, 'B S']
 
 
 def forward(x: Inputs, sight: Sight, scale: float) -> tuple[Float[Array, 'B T H U'], Float32[Array, 'B H T']]:
@@ -70,14 +63,14 @@ def backward(
         scores_BHTS, visible_BHTS = _scores(x._replace(q_BTHN=q_BTHN, q_rope_BTHR=q_rope_BTHR), sight, seen, scale)
         p_BHTS = _probabilities(scores_BHTS, visible_BHTS, lse_BTH.swapaxes(1, 2))
         d_p_BHTS = _einsum('BTHU,BSHU->BHTS', d_out_BTHU, x.v_BSHU)
-        d_s_BHTS = rounded(scale * p_BHTS * (d_p_BHTS - delta_BTH.swapaxes(1, 2)[..., None]), q_BTHN.dtype)
+        d_s_BHTS = rounded(p_BHTS * (d_p_BHTS - delta_BTH.swapaxes(1, 2)[..., None]), q_BTHN.dtype)
         terms = (
-            _einsum('BHTS,BTHN->BSHN', d_s_BHTS, q_BTHN),
-            _einsum('BHTS,BTHR->BSR', d_s_BHTS, q_rope_BTHR),
+            scale * _einsum('BHTS,BTHN->BSHN', d_s_BHTS, q_BTHN),
+            scale * _einsum('BHTS,BTHR->BSR', d_s_BHTS, q_rope_BTHR),
             _einsum('BHTS,BTHU->BSHU', rounded(p_BHTS, d_out_BTHU.dtype), d_out_BTHU),
         )
         d_q = _einsum('BHTS,BSHN->BTHN', d_s_BHTS, x.k_BSHN), _einsum('BHTS,BSR->BTHR', d_s_BHTS, x.k_rope_BSR)
-        return tuple(map(jnp.add, sums, terms)), tuple(rounded(d, q_BTHN.dtype) for d in d_q)
+        return tuple(map(jnp.add, sums, terms)), tuple(rounded(scale * d, q_BTHN.dtype) for d in d_q)
 
     keys = x.k_BSHN, x.k_rope_BSR, x.v_BSHU
     sums = tuple(jnp.zeros(key.shape, jnp.float32) for key in keys)

@@ -1,0 +1,169 @@
+"""What the attention kernels share: masks of a tile of scores, products, and the loop over blocks."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from pallas_kernels.flash_mla.sight import Sight
+from pallas_kernels.tiles import swizzled
+
+WGMMA = plgpu.Layout.WGMMA
+WG_ROWS = 64  # of one wgmma
+LOG2_E = math.log2(math.e)
+WARPGROUPS = 2  # that multiply; a third one copies
+PART, ROPE, VALUE = 128, 64, 128  # widths that the kernels serve
+COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
+
+
+def product(*factors: tuple[Any, Any], between: Callable[[], None] | None = None) -> Array:
+    """The sum of `a @ b` over pairs of refs; `between` runs once the products have been issued."""
+
+    def scope(sums_ref: Any) -> Array:
+        for a, b in factors:
+            plgpu.wgmma(sums_ref, a, b)
+        if between:
+            between()
+        return sums_ref[...]
+
+    (a, b), *_ = factors
+    return pl.run_scoped(scope, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def accumulate(sums: Array, a: Array, b_smem: Any, interpret: Any) -> Array:
+    """`sums + a @ b`, with `a` in registers. Interpreted programs have no such product: they make it outside."""
+    if interpret is None:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b_smem))(plgpu.ACC.init(sums))
+    sums = sums + jnp.dot(a.astype(jnp.float32), b_smem[...].astype(jnp.float32))
+    plgpu.commit_smem()
+    return sums
+
+
+def zeros(*shape: int) -> Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
+
+
+def rows_of(vector: Array, width: int) -> Array:
+    """A number a row as a matrix."""
+    return lax.broadcast_in_dim(vector, (vector.shape[0], width), [0])
+
+
+def columns_of(vector: Array, height: int) -> Array:
+    """A number a column as a matrix."""
+    return lax.broadcast_in_dim(vector, (height, vector.shape[0]), [1])
+
+
+def index(shape: tuple[int, int], dimension: int, start: Any) -> Array:
+    """The row's or the column's number of each element of a tile."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA) + start
+
+
+def seen(
+    shape: tuple[int, int],
+    row: Any,
+    column: Any,
+    of_queries: Sequence[Array],
+    of_keys: Any,
+    keys_are_rows: bool = False,
+) -> Array:
+    """Which scores of a tile count, by its first row and column: queries as rows, or the keys.
+
+    Without numbers of the queries, those before a key do not see it; else these are their positions and segments.
+    """
+    starts, key_axis = (row, column), 0 if keys_are_rows else 1
+    key = index(shape, key_axis, starts[key_axis])
+    if of_keys is None:
+        return key <= index(shape, 1 - key_axis, starts[1 - key_axis])
+    spread = (lambda x: rows_of(x, shape[1])), (lambda x: columns_of(x, shape[0]))
+    positions, segments = (spread[1 - key_axis](x) for x in of_queries)
+    return (key <= positions) & (spread[key_axis](of_keys) == segments)
+
+
+class Walk(NamedTuple):
+    """The order in which a block of the grid takes the blocks of a range: first those that are masked.
+
+    Four numbers of blocks, as in `sight.py`.
+    """
+
+    begin: Any
+    full_begin: Any
+    full_end: Any
+    end: Any
+
+    @property
+    def steps(self) -> Any:
+        return self.end - self.begin
+
+    @property
+    def masked_steps(self) -> Any:
+        return self.steps - (self.full_end - self.full_begin)
+
+    def block(self, step: Any, masked: bool) -> Any:
+        """The block of a step of that kind."""
+        if not masked:
+            return self.full_begin + (step - self.masked_steps)
+        before = self.full_begin - self.begin
+        return jnp.where(step < before, self.begin + step, self.full_end + (step - before))
+
+    def run(self, visit: Callable, carry: Any = None) -> Any:
+        """Calls `visit(step, block, carry, masked)` for each step; it returns the carry."""
+        for masked, steps in ((True, (0, self.masked_steps)), (False, (self.masked_steps, self.steps))):
+            one = lambda step, carry, masked=masked: visit(step, self.block(step, masked), carry, masked)  # noqa: E731
+            carry = lax.fori_loop(*steps, one, carry)
+        return carry
+
+    def block_of(self, step: Any) -> Any:
+        """The block of any step."""
+        return jnp.where(step < self.masked_steps, self.block(step, True), self.block(step, False))
+
+    def last(self, count: int, visit: Callable) -> None:
+        """Calls `visit(step)` for the last steps, so many at most."""
+        pl.loop(lax.max(self.steps - count, jnp.int32(0)), self.steps)(visit)
+
+
+def store(x: Array, staging_smem: Any, target_gmem: Any) -> None:
+    """Starts the copy of a matrix in registers."""
+    staging_smem[...] = x.astype(staging_smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging_smem, target_gmem)
+
+
+def tile(*shape: int, dtype: DTypeLike = jnp.bfloat16) -> Any:
+    """Shared memory of matrices that wgmma reads or copies write."""
+    return plgpu.SMEM(shape, dtype, transforms=swizzled(128 // jnp.dtype(dtype).itemsize, dtype))
+
+
+def ints(*shape: int) -> Any:
+    return plgpu.SMEM(shape, jnp.int32)
+
+
+def floats(*shape: int) -> Any:
+    return plgpu.SMEM(shape, jnp.float32)
+
+
+def flat(*arrays: Array) -> list[Array]:
+    """Arrays of rank three, heads and their widths joined: copies reach no further than five dimensions, two of a tile."""
+    return [x.reshape(*x.shape[:2], -1) for x in arrays]
+
+
+def positions(sight: Sight) -> Array:
+    """The last key that each query may see."""
+    return jnp.minimum(sight.positions_BT, sight.k_segments_BS.shape[1] - 1)
+
+
+def registers(sight: Sight | None) -> tuple[int, int]:
+    """Of a thread of the copying and of the math warpgroups; the former has more to point to with a sight."""
+    return (40, 232) if sight is None else (56, 224)
+
+
+def split(items: Sequence, *sizes: int) -> list[Sequence]:
+    """Parts of these sizes, and the rest."""
+    starts = [0, *itertools.accumulate(sizes)]
+    return [items[start:end] for start, end in itertools.pairwise([*starts, len(items)])]
