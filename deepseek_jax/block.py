@@ -130,7 +130,8 @@ class Block(nn.Module):
 
 def rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
     """The module with `config.remat` applied to its backward pass; values are the same."""
-    if config.remat == 'none':
+    if config.remat in ('none', 'paper'):  # of the latter, `mla.attention` and `rms_norm` take care
         return module
-    policies = {'full': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = {'full': None, 'dots': jax.checkpoint_policies.save_from_both_policies(dots, ops.KEEP_ATTENTION)}
     return nn.remat(module, policy=policies[config.remat], prevent_cse=False)

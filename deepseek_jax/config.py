@@ -196,7 +196,7 @@ class PrecisionConfig:
             raise ValueError(f"PrecisionConfig.power_of_two_scales=True needs recipe='fp8', not {self.recipe!r}")
 
 
-RematPolicy = Literal['none', 'dots', 'full']
+RematPolicy = Literal['none', 'paper', 'dots', 'full']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,8 @@ class ModelConfig:
       mtp_depth: multi-token prediction modules [2.2]; module k predicts the token k + 1 places ahead.
       norm_eps: RMSNorm epsilon of all norms but those of the latents.
       init_std: standard deviation of the initial weights.
-      remat: what the backward pass recomputes, per block: 'none', 'dots' (all but matrix products), 'full'.
+      remat: what the backward pass recomputes, per block: 'none', 'paper' (norms and the up-projections of MLA [3.2.3]),
+        'dots' (all but matrix products and attention), 'full'.
       scan_unroll: blocks per iteration of the scan over layers (changes compile time and speed, not values).
     """
 

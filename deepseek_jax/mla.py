@@ -60,40 +60,51 @@ def attention(
 ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """The attention layer's output and the cache with these tokens added (None without a cache).
 
-    Without a cache the keys are the tokens of `x_BTD`; with one, they are its slots, these tokens included.
+    Without a cache the keys are the tokens of `x_BTD`; with one, they are its slots, these tokens included. With
+    `remat='paper'` the backward pass keeps what the down-projections give and the output of attention, and computes all
+    between them again [3.2.3].
     """
-    q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR = project(params, x_BTD, attend.rotation, config)
-    if cache is not None:
-        cache = cache.write(latent_BSC, k_rope_BSR, attend.positions_BT)
-        latent_BSC, k_rope_BSR = cache
-    form = _absorbed if absorbed else _expanded
-    out_BTHU = form(params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend, config)
+
+    def between(params: Params, queries: tuple, latent_BTC: Array, k_rope_BTR: Array, cache: Cache | None) -> tuple:
+        q_BTHN, q_rope_BTHR = _queries(params, queries, attend.rotation, config)
+        latent_BSC = rms_norm(latent_BTC, params['latent_norm_C'], config.mla.latent_norm_eps)
+        k_rope_BSR = rope.rotate(k_rope_BTR, attend.rotation.cos, attend.rotation.sin)
+        if cache is not None:
+            cache = cache.write(latent_BSC, k_rope_BSR, attend.positions_BT)
+            latent_BSC, k_rope_BSR = cache
+        inputs = q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR
+        if absorbed:
+            return _absorbed(params, *inputs, attend, config), cache
+        return _expanded(params, *inputs, attend, cache is not None, config), cache
+
+    if config.remat == 'paper':
+        between = jax.checkpoint(between, policy=ops.KEEP_ATTENTION, prevent_cse=False)
+    out_BTHU, cache = between(params, *_down(params, x_BTD, config), cache)
     return ops.linear('BTHU,HUD->BTD', out_BTHU, params['w_o_HUD'], config.precision), cache
 
 
-def project(
-    params: Params, x_BTD: Array, rotation: rope.Rotation, config: ModelConfig
-) -> tuple[Array, Array, Array, Array]:
-    """What attention is made of [eq. 1, 3, 6-9].
-
-    Queries `q^C` (B, T, H, N) and rotated `q^R` (B, T, H, R) of each head; what the cache keeps: the normalised latent
-    `c^KV` (B, T, C) and the rotated shared key `k^R` (B, T, R).
-    """
-    epsilon, precision = config.mla.latent_norm_eps, config.precision
+def _down(params: Params, x_BTD: Array, config: ModelConfig) -> tuple[tuple, Array, Array]:
+    """What attention makes of its input: the queries' latent, or the queries; the latent `c^KV`; the rotary key."""
     if config.mla.query_rank is None:
         weights = [params[name] for name in ('w_q_DHN', 'w_qr_DHR', 'w_dkv_DC', 'w_kr_DR')]
-        q_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR = ops.linears(
-            'BTD,DHN,DHR,DC,DR->BTHN,BTHR,BTC,BTR', x_BTD, weights, precision
+        *queries, latent_BTC, k_rope_BTR = ops.linears(
+            'BTD,DHN,DHR,DC,DR->BTHN,BTHR,BTC,BTR', x_BTD, weights, config.precision
         )
     else:
         weights = [params[name] for name in ('w_dq_DQ', 'w_dkv_DC', 'w_kr_DR')]
-        c_BTQ, latent_BTC, k_rope_BTR = ops.linears('BTD,DQ,DC,DR->BTQ,BTC,BTR', x_BTD, weights, precision)
-        c_BTQ = rms_norm(c_BTQ, params['query_norm_Q'], epsilon)
+        *queries, latent_BTC, k_rope_BTR = ops.linears('BTD,DQ,DC,DR->BTQ,BTC,BTR', x_BTD, weights, config.precision)
+    return tuple(queries), latent_BTC, k_rope_BTR
+
+
+def _queries(params: Params, queries: tuple, rotation: rope.Rotation, config: ModelConfig) -> tuple[Array, Array]:
+    """Queries `q^C` (B, T, H, N) and rotated `q^R` (B, T, H, R) of each head [eq. 6-9]."""
+    if config.mla.query_rank is None:
+        q_BTHN, q_rope_BTHR = queries
+    else:
+        c_BTQ = rms_norm(*queries, params['query_norm_Q'], config.mla.latent_norm_eps)
         weights = [params[name] for name in ('w_uq_QHN', 'w_qr_QHR')]
-        q_BTHN, q_rope_BTHR = ops.linears('BTQ,QHN,QHR->BTHN,BTHR', c_BTQ, weights, precision)
-    q_rope_BTHR = rope.rotate(q_rope_BTHR, rotation.cos[:, :, None], rotation.sin[:, :, None])
-    latent_BTC = rms_norm(latent_BTC, params['latent_norm_C'], epsilon)
-    return q_BTHN, q_rope_BTHR, latent_BTC, rope.rotate(k_rope_BTR, rotation.cos, rotation.sin)
+        q_BTHN, q_rope_BTHR = ops.linears('BTQ,QHN,QHR->BTHN,BTHR', c_BTQ, weights, config.precision)
+    return q_BTHN, rope.rotate(q_rope_BTHR, rotation.cos[:, :, None], rotation.sin[:, :, None])
 
 
 def attention_probabilities(
@@ -103,12 +114,15 @@ def attention_probabilities(
     return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min), axis=-1)
 
 
-def _expanded(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend: Attend, config: ModelConfig):
+def _expanded(
+    params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend: Attend, cached: bool, config: ModelConfig
+):
     """Keys and values per head from the latent [eq. 2, 5], then `softmax(q k / sqrt(N + R)) v` [eq. 10]."""
     weights = [params[name] for name in ('w_uk_CHN', 'w_uv_CHU')]
     k_BSHN, v_BSHU = ops.linears('BSC,CHN,CHU->BSHN,BSHU', latent_BSC, weights, config.precision)
     inputs = q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU
-    return ops.attention(*inputs, config.softmax_scale, attend.positions_BT, attend.segments_BT)
+    positions_BT = attend.positions_BT if cached else None
+    return ops.attention(*inputs, config.softmax_scale, positions_BT, attend.segments_BT)
 
 
 def _absorbed(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend: Attend, config: ModelConfig):

@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Float32, Int
 import pallas_kernels
 from deepseek_jax.config import PrecisionConfig
 from pallas_kernels import ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
+from pallas_kernels.flash_mla.api import SAVED
 from pallas_kernels.fp8 import dequantize_blocks, rounded
 from pallas_kernels.implementation import hopper_cores
 
 QUANTIZED = 'quantized'
+KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)  # of all in a rematerialised function
 """The name that float8 experts have in place of those of their masters."""
 
 
@@ -156,12 +158,13 @@ def attention(
     k_rope_BSR: Float[Array, 'B S R'],
     v_BSHU: Float[Array, 'B S H U'],
     scale: float,
-    positions_BT: Int[Array, 'B T'],
+    positions_BT: Int[Array, 'B T'] | None,
     segments_BT: Int[Array, 'B T'] | None,
 ) -> Float[Array, 'B T H U']:
     """`softmax(scale * (q k + q_rope k_rope)) v` over the keys up to each query's position, in its segment.
 
-    Scores are never kept for the backward pass, nor held for more than a block of queries.
+    Without positions, query t sees the keys up to t. Scores are never kept for the backward pass, nor held for more than a
+    block of queries.
     """
     if not q_BTHN.size:
         return jnp.zeros((*q_BTHN.shape[:3], v_BSHU.shape[3]), v_BSHU.dtype)

@@ -19,6 +19,7 @@ from pallas_kernels.bench import (
     accumulation,
     cases,
     expert_ffn,
+    flash_mla,
     gemm_fp8,
     grouped_gemm_fp8,
     linear_fp8,
@@ -41,6 +42,7 @@ CASES = {
     'grouped_gemm_fp8': grouped_gemm_fp8.cases,
     'swiglu_quantize': swiglu_quantize.cases,
     'expert_ffn': expert_ffn.cases,
+    'flash_mla': flash_mla.cases,
 }
 OPS = [*CASES, 'accumulation']
 

@@ -1,21 +1,26 @@
 """Causal attention of MLA's expanded form: queries and keys of a part per head and a rotary part, values of another width.
 
 The rotary key is one for all heads and is never copied to them. Between the passes nothing is kept but the inputs, the output
-and the log-sum-exp of the scores: `reference.py` says what is computed, and where it rounds.
+and the log-sum-exp of the scores: `reference.py` says what is computed, and where it rounds. The kernels are in `sm90.py`.
 
 Letters: `B` sequences, `T` queries, `S` keys, `H` heads, `N` width of a head without the rotary part, `R` rotary width, `U`
 width of a value.
 """
 
 import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.flash_mla import reference
+from pallas_kernels.flash_mla import reference, sm90
 from pallas_kernels.flash_mla.reference import Inputs
-from pallas_kernels.flash_mla.sight import Sight
+from pallas_kernels.flash_mla.sight import Sight, causal
+from pallas_kernels.implementation import Implementation, choose
+
+SAVED = 'flash_mla'  # name of both results for policies of `jax.checkpoint`: a pass that keeps them need not run again
 
 
 def flash_mla(
@@ -28,6 +33,7 @@ def flash_mla(
     scale: float,
     segments: tuple[Int[Array, 'B T'], Int[Array, 'B S']] | None = None,
     positions_BT: Int[Array, 'B T'] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'B T H U'], Float32[Array, 'B H T']]:
     """Returns `softmax(scale * (q . k + q_rope . k_rope)) v` over the keys that a query sees, and the log-sum-exp.
 
@@ -39,9 +45,12 @@ def flash_mla(
       segments: documents of queries and keys; a query sees keys of its own document only. None: one document.
       positions_BT: a query sees the keys up to this one, itself included: those of a cached prefix, say. None: its own
         number, for T = S.
+      implementation: None takes the Hopper kernels on a Hopper GPU and the reference elsewhere.
 
     Raises:
       ValueError: types differ or are no floats, or queries and keys differ in number and there are no positions.
+      NotImplementedError: 'pallas' was asked for and the inputs are not bfloat16 of widths N = 128, R = 64, U = 128, or
+        there is no Hopper GPU.
     """
     x = Inputs(q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU)
     dtypes = {array.dtype for array in x}
@@ -52,28 +61,38 @@ def flash_mla(
     if 0 in q_BTHN.shape or 0 in v_BSHU.shape:
         raise ValueError(f'flash_mla: queries {q_BTHN.shape} and values {v_BSHU.shape} must not be empty')
     (B, T), S = q_BTHN.shape[:2], k_BSHN.shape[1]
-    if positions_BT is None:
-        if T != S:
-            raise ValueError(f'flash_mla: {T} queries of {S} keys need positions')
-        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    if segments is None:
-        segments = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
-    return _attend(scale, x, Sight(positions_BT, *segments))
+    if positions_BT is None and T != S:
+        raise ValueError(f'flash_mla: {T} queries of {S} keys need positions')
+    sight = None
+    if positions_BT is not None or segments is not None:
+        if positions_BT is None:
+            positions_BT = causal(B, T).positions_BT
+        if segments is None:
+            segments = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
+        sight = Sight(positions_BT, *segments)
+    return _attend(scale, choose('flash_mla', implementation, lambda: sm90.refusal(x)), x, sight)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale: float, x: Inputs, sight: Sight) -> tuple[Array, Array]:
-    return reference.forward(x, sight, scale)
+def module(chosen: Implementation) -> ModuleType:
+    """The two passes of an implementation."""
+    return reference if chosen == 'reference' else sm90
 
 
-def _forward(scale: float, x: Inputs, sight: Sight) -> tuple[tuple[Array, Array], tuple]:
-    out_BTHU, lse_BHT = reference.forward(x, sight, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(scale: float, chosen: Implementation, x: Inputs, sight: Sight | None) -> tuple[Array, Array]:
+    return module(chosen).forward(x, sight, scale)
+
+
+def _forward(scale: float, chosen: Implementation, x: Inputs, sight: Sight | None) -> tuple[tuple[Array, Array], tuple]:
+    out_BTHU, lse_BHT = (checkpoint_name(y, SAVED) for y in module(chosen).forward(x, sight, scale))
     return (out_BTHU, lse_BHT), (x, sight, out_BTHU, lse_BHT)
 
 
-def _backward(scale: float, saved: tuple, d_results: tuple[Array, Array]) -> tuple[Inputs, None]:
+def _backward(
+    scale: float, chosen: Implementation, saved: tuple, d_results: tuple[Array, Array]
+) -> tuple[Inputs, None]:
     x, sight, out_BTHU, lse_BHT = saved
-    return reference.backward(x, sight, scale, out_BTHU, lse_BHT, *d_results), None
+    return module(chosen).backward(x, sight, scale, out_BTHU, lse_BHT, *d_results), None
 
 
 _attend.defvjp(_forward, _backward)

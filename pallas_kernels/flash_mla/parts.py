@@ -20,6 +20,8 @@ WG_ROWS = 64  # of one wgmma
 LOG2_E = math.log2(math.e)
 WARPGROUPS = 2  # that multiply; a third one copies
 PART, ROPE, VALUE = 128, 64, 128  # widths that the kernels serve
+# Registers a thread of the copying and of the math warpgroups: what is given up must cover what is taken.
+REGISTERS = (24, 240)
 COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
 
@@ -34,13 +36,14 @@ def product(*factors: tuple[Any, Any], between: Callable[[], None] | None = None
         return sums_ref[...]
 
     (a, b), *_ = factors
-    return pl.run_scoped(scope, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def accumulate(sums: Array, a: Array, b_smem: Any, interpret: Any) -> Array:
     """`sums + a @ b`, with `a` in registers. Interpreted programs have no such product: they make it outside."""
     if interpret is None:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b_smem))(plgpu.ACC.init(sums))
+        multiply = pl.run_state(lambda sums_ref: plgpu.wgmma(sums_ref, a, b_smem))
+        return multiply(plgpu.WGMMAAccumulatorRef.init(sums))  # pyright: ignore[reportReturnType]
     sums = sums + jnp.dot(a.astype(jnp.float32), b_smem[...].astype(jnp.float32))
     plgpu.commit_smem()
     return sums
@@ -156,11 +159,6 @@ def flat(*arrays: Array) -> list[Array]:
 def positions(sight: Sight) -> Array:
     """The last key that each query may see."""
     return jnp.minimum(sight.positions_BT, sight.k_segments_BS.shape[1] - 1)
-
-
-def registers(sight: Sight | None) -> tuple[int, int]:
-    """Of a thread of the copying and of the math warpgroups; the former has more to point to with a sight."""
-    return (40, 232) if sight is None else (56, 224)
 
 
 def split(items: Sequence, *sizes: int) -> list[Sequence]:

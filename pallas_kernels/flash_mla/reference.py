@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
-from pallas_kernels.flash_mla.sight import Sight
+from pallas_kernels.flash_mla.sight import Sight, causal
 from pallas_kernels.fp8 import rounded
 
 BLOCK = 512
@@ -36,8 +36,9 @@ class Inputs(NamedTuple):
     v_BSHU: Float[Array, 'B S H U']
 
 
-def forward(x: Inputs, sight: Sight, scale: float) -> tuple[Float[Array, 'B T H U'], Float32[Array, 'B H T']]:
-    """The output and the log-sum-exp of the scores."""
+def forward(x: Inputs, sight: Sight | None, scale: float) -> tuple[Float[Array, 'B T H U'], Float32[Array, 'B H T']]:
+    """The output and the log-sum-exp of the scores. Without a sight, query t sees the keys up to t."""
+    sight = sight or causal(*x.q_BTHN.shape[:2])
 
     def attend(block: tuple) -> tuple[Array, Array]:
         q_BTHN, q_rope_BTHR, *seen = block
@@ -53,9 +54,10 @@ def forward(x: Inputs, sight: Sight, scale: float) -> tuple[Float[Array, 'B T H 
 
 
 def backward(
-    x: Inputs, sight: Sight, scale: float, out_BTHU: Array, lse_BHT: Array, d_out_BTHU: Array, d_lse_BHT: Array
+    x: Inputs, sight: Sight | None, scale: float, out_BTHU: Array, lse_BHT: Array, d_out_BTHU: Array, d_lse_BHT: Array
 ) -> Inputs:
     """The gradients of the inputs."""
+    sight = sight or causal(*x.q_BTHN.shape[:2])
     delta_BTH = jnp.sum(d_out_BTHU.astype(jnp.float32) * out_BTHU.astype(jnp.float32), -1) - d_lse_BHT.swapaxes(1, 2)
 
     def add(sums: tuple, block: tuple) -> tuple[tuple, tuple]:

@@ -27,6 +27,12 @@ class Sight(NamedTuple):
     k_segments_BS: Int[Array, 'B S']
 
 
+def causal(batch: int, length: int) -> Sight:
+    """One document a row: query t sees the keys up to t."""
+    positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    return Sight(positions_BT, *[jnp.zeros((batch, length), jnp.int32)] * 2)
+
+
 def key_ranges(sight: Sight, rows: int, keys: int) -> Int32[Array, 'B i 4']:
     """For each block of `rows` queries four numbers of blocks of `keys` keys: begin, full_begin, full_end, end."""
     return _ranges(*_pairs(sight, rows, keys))

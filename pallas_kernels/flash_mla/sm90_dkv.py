@@ -47,7 +47,6 @@ def key_gradients(
     S = x.k_BSHN.shape[1]
     queries, stages = config.queries, config.stages
     blocks, steps = pl.cdiv(S, KEYS), pl.cdiv(T, queries)
-    registers = parts.registers(sight)
 
     def body(*refs: Any) -> None:
         inputs, sights, outputs, scratch = parts.split(refs, 8, 0 if sight is None else 4, 3)
@@ -72,7 +71,7 @@ def key_gradients(
         @pl.when(warpgroup == 2)
         @jax.named_scope('copy')
         def _() -> None:
-            plgpu.set_max_registers(registers[0], action='decrease')
+            plgpu.set_max_registers(parts.REGISTERS[0], action='decrease')
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=k_full)
             copy(part_of(k_gmem, rows, PART), k_smem)
             copy(k_rope_gmem.at[batch, rows], k_rope_smem)
@@ -107,7 +106,7 @@ def key_gradients(
         @pl.when(warpgroup == 0)
         @jax.named_scope('values')
         def _() -> None:
-            plgpu.set_max_registers(registers[1], action='increase')
+            plgpu.set_max_registers(parts.REGISTERS[1], action='increase')
             plgpu.barrier_wait(k_full)
             of_keys = None if sight is None else plgpu.load(sight_scratch[2], layout=WGMMA.reduce(1))
 
@@ -145,7 +144,7 @@ def key_gradients(
         @pl.when(warpgroup == 1)
         @jax.named_scope('keys')
         def _() -> None:
-            plgpu.set_max_registers(registers[1], action='increase')
+            plgpu.set_max_registers(parts.REGISTERS[1], action='increase')
             plgpu.barrier_wait(k_full)
 
             def add(step: Any, carry: tuple) -> tuple:

@@ -42,7 +42,6 @@ def query_gradients(
     S = x.k_BSHN.shape[1]
     keys, stages = config.keys, config.stages
     blocks = pl.cdiv(T, ROWS)
-    registers = parts.registers(sight)
 
     def body(*refs: Any) -> None:
         inputs, sights, (d_q_gmem, d_q_rope_gmem), scratch = parts.split(refs, 8, 0 if sight is None else 4, 2)
@@ -62,7 +61,7 @@ def query_gradients(
         @pl.when(warpgroup == WARPGROUPS)
         @jax.named_scope('copy')
         def _() -> None:
-            plgpu.set_max_registers(registers[0], action='decrease')
+            plgpu.set_max_registers(parts.REGISTERS[0], action='decrease')
 
             @pl.loop(0, walk.steps)
             def _(step: Any) -> None:
@@ -85,7 +84,7 @@ def query_gradients(
         @pl.when(warpgroup < WARPGROUPS)
         @jax.named_scope('differentiate')
         def _() -> None:
-            plgpu.set_max_registers(registers[1], action='increase')
+            plgpu.set_max_registers(parts.REGISTERS[1], action='increase')
             first = block * ROWS + warpgroup * WG_ROWS
             rows, shape = pl.ds(first, WG_ROWS), (WG_ROWS, keys)
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=q_full.at[warpgroup])
@@ -121,7 +120,7 @@ def query_gradients(
                     d_p = plgpu.wgmma_accumulator_load(d_p_ref, wait_n=0)
                     return (p * (d_p - parts.rows_of(delta, keys))).astype(k_smem.dtype)
 
-                d_s = pl.run_scoped(weigh, *[plgpu.ACC(shape, jnp.float32)] * 2)
+                d_s = pl.run_scoped(weigh, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * 2)
                 plgpu.barrier_arrive(v_empty.at[slot])
                 d_q = parts.accumulate(d_q, d_s, k_smem.at[slot], interpret)
                 d_q_rope = parts.accumulate(d_q_rope, d_s, k_rope_smem.at[slot], interpret)

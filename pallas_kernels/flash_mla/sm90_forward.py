@@ -42,7 +42,6 @@ def attend(
     S, padded_T = x.k_BSHN.shape[1], round_up(T, ROWS)
     keys, stages = config.keys, config.stages
     blocks = padded_T // ROWS
-    registers = parts.registers(sight)
 
     def body(*refs: Any) -> None:
         inputs, sights, (out_gmem, lse_gmem), scratch = parts.split(refs, 5, 0 if sight is None else 4, 2)
@@ -62,7 +61,7 @@ def attend(
         @pl.when(warpgroup == WARPGROUPS)
         @jax.named_scope('copy')
         def _() -> None:
-            plgpu.set_max_registers(registers[0], action='decrease')
+            plgpu.set_max_registers(parts.REGISTERS[0], action='decrease')
 
             @pl.loop(0, walk.steps)
             def _(step: Any) -> None:
@@ -85,7 +84,7 @@ def attend(
         @pl.when(warpgroup < WARPGROUPS)
         @jax.named_scope('attend')
         def _() -> None:
-            plgpu.set_max_registers(registers[1], action='increase')
+            plgpu.set_max_registers(parts.REGISTERS[1], action='increase')
             first = block * ROWS + warpgroup * WG_ROWS
             rows, shape = pl.ds(first, WG_ROWS), (WG_ROWS, keys)
 

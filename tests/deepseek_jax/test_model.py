@@ -151,7 +151,7 @@ def gradient(**changes):
     return loss(random_params(config))
 
 
-@pytest.mark.parametrize('changes', [{'remat': 'full'}, {'remat': 'dots'}, {'scan_unroll': 2}], ids=str)
+@pytest.mark.parametrize('changes', [{'remat': 'full'}, {'remat': 'dots'}, {'remat': 'paper'}, {'scan_unroll': 2}], ids=str)
 def test_remat_and_unroll_leave_gradients_alone(changes):
     compare = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
     jax.tree.map(compare, gradient(**changes), gradient())

@@ -1,11 +1,14 @@
 """Compiles functions for one H100 on a machine without a GPU, and reads what ptxas and the disassembler say.
 
 The function is lowered here, where tracing errors and shape checks are the test's own; another process compiles the
-lowered program. Only that process sees the CUDA plug-in, and Mosaic GPU's dumps are turned on for it alone. It needs the
-wheels of `hopper.txt`, in the folder that `make setup` makes or beside jax (the `cuda` extra and a disassembler).
+lowered program, and is kept for the next one. Only that process sees the CUDA plug-in, and Mosaic GPU's dumps are turned
+on for it alone. It needs the wheels of `hopper.txt`, in the folder that `make setup` makes or beside jax (the `cuda` extra
+and a disassembler).
 """
 
+import atexit
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -14,11 +17,12 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 HERE = Path(__file__).parent
 TARGET = HERE / 'h100.txtpb'
@@ -132,15 +136,10 @@ def compile_for_h100(fn: Callable, *args) -> Report:
     with tempfile.TemporaryDirectory(prefix='hopper-') as folder:
         dump = Path(folder)
         (dump / 'program.mlir').write_text(lowered.as_text())
-        run = subprocess.run(
-            [sys.executable, str(COMPILER), str(TARGET), 'program.mlir'],
-            cwd=dump,
-            env=compiler_environment(TOOLS, dump),
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode:
-            raise RuntimeError(f'compiling for the H100 failed ({run.returncode}):\n{run.stderr[-4000:]}')
+        write_disassembler(TOOLS, dump)
+        if status := compile_in(TOOLS, dump):
+            errors = (dump / 'errors').read_text(errors='replace')
+            raise RuntimeError(f'compiling for the H100 failed ({status}):\n{errors[-4000:]}')
         kernels = {}
         for ptxas in sorted(dump.glob('*.ptxas'), key=lambda path: int(path.stem.rpartition('_')[2])):
             name, _, _ = ptxas.stem.rpartition('_')
@@ -149,9 +148,39 @@ def compile_for_h100(fn: Callable, *args) -> Report:
     return Report(kernels)
 
 
-def compiler_environment(tools: Tools, dump: Path) -> dict[str, str]:
-    """Variables of the compiling process; flags for XLA and jax that hold here are not passed on."""
-    # Mosaic GPU leaves the program that it disassembles in /tmp.
+def compile_in(tools: Tools, dump: Path) -> int:
+    """Has the program in the folder compiled; returns the exit status."""
+    process = compiler(tools)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(f'{dump}\n')
+        process.stdin.flush()
+        return int(process.stdout.readline())
+    except BaseException:  # a timeout among them: nobody is to read the answer that is still to come
+        end(process)
+        compiler.cache_clear()
+        raise
+
+
+@functools.cache
+def compiler(tools: Tools) -> subprocess.Popen[str]:
+    """The process that compiles, started once: most of a short compilation is the import of jax."""
+    command = [sys.executable, str(COMPILER), str(TARGET)]
+    process = subprocess.Popen(
+        command, env=compiler_environment(tools), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(end, process)
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def write_disassembler(tools: Tools, dump: Path) -> None:
+    """Mosaic GPU leaves the program that it disassembles in /tmp."""
     disassembler = dump / 'cuda' / 'bin' / 'nvdisasm'
     disassembler.parent.mkdir(parents=True)
     disassembler.write_text(
@@ -160,13 +189,34 @@ def compiler_environment(tools: Tools, dump: Path) -> dict[str, str]:
         'exit $status\n'
     )
     disassembler.chmod(0o755)
+
+
+def calls_on_h100(fn: Callable, *args) -> Counter[str]:
+    """How often the program of `fn(*args)` for one H100 calls each primitive; `kernel NAME` is a Mosaic GPU kernel."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=DEVICE)):
+        return Counter(_primitives(jax.make_jaxpr(fn)(*args).jaxpr))
+
+
+def _primitives(jaxpr: Jaxpr) -> Iterator[str]:
+    """What is inside of a kernel is left out."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == 'mpmd_map':
+            yield f'kernel {equation.params["name"]}'
+            continue
+        yield equation.primitive.name
+        is_jaxpr = lambda value: isinstance(value, Jaxpr | ClosedJaxpr)  # noqa: E731
+        for value in filter(is_jaxpr, jax.tree.leaves(equation.params, is_leaf=is_jaxpr)):
+            yield from _primitives(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+
+
+def compiler_environment(tools: Tools) -> dict[str, str]:
+    """Variables of the compiling process; flags for XLA and jax that hold here are not passed on."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(('JAX_', 'XLA_', 'MOSAIC_'))}
     toolkit = tools.packages / 'nvidia' / 'cu13'
     return inherited | {
         'JAX_PLATFORMS': 'cpu',
-        'MOSAIC_GPU_CUDA_ROOT': str(dump / 'cuda'),
-        'MOSAIC_GPU_DUMP_TO': str(dump),
         'MOSAIC_GPU_RUNTIME_LIB_PATH': str(tools.packages / 'jax_cuda13_plugin' / 'libmosaic_gpu_runtime.so'),
+        'OPENBLAS_NUM_THREADS': '1',  # it forks
         'PATH': os.pathsep.join([str(tools.ptxas.parent), os.environ.get('PATH', os.defpath)]),
         'PYTHONPATH': str(tools.packages),
         **({'XLA_FLAGS': f'--xla_gpu_cuda_data_dir={toolkit}'} if (toolkit / 'nvvm' / 'libdevice').is_dir() else {}),

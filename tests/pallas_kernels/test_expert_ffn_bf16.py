@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.expert_ffn_bf16.api import expert_ffn_bf16
 from pallas_kernels.routes import routes
-from tests.pallas_kernels.test_expert_ffn_fp8 import EXPERTS, F, difference, example, plain
+from tests.pallas_kernels.test_expert_ffn_fp8 import EXPERTS, F, difference, example, plain, with_gradients
 
 
 @pytest.mark.parametrize('implementation', ['reference', pytest.param('pallas', marks=pytest.mark.gpu)])
@@ -15,12 +15,12 @@ def test_output_and_every_gradient_are_those_of_float32_to_the_precision_of_bflo
     x_TD, gates_TK, experts_TK, weights, d_TD = example()
     if implementation == 'pallas':  # F in multiples of 64
         weights = tuple(jnp.pad(w, [(0, 32 if size == F else 0) for size in w.shape]) for w in weights)
-    made = routes(experts_TK, EXPERTS)
-    ours = lambda x, g, w: expert_ffn_bf16(x, g, made, w, implementation=implementation)  # noqa: E731
-    found = []
-    for function, d in ((ours, d_TD), (plain, d_TD.astype(jnp.float32))):
-        out, pull = jax.vjp(function, x_TD, gates_TK, weights)
-        found.append((out, *jax.jit(pull)(d)))
+
+    def ours(x_TD, gates_TK, experts_TK, weights):
+        made = routes(experts_TK, EXPERTS)
+        return expert_ffn_bf16(x_TD, gates_TK, made, weights, implementation=implementation)
+
+    found = [with_gradients(layer, x_TD, gates_TK, experts_TK, weights, d_TD) for layer in (ours, plain)]
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found[0]), jax.tree.leaves(found[1]), strict=True):
         assert x.shape == y.shape
         assert 1e-8 < difference(x, y) < 1e-4, path

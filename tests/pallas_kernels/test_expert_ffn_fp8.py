@@ -15,7 +15,7 @@ from pallas_kernels.expert_ffn_bf16.api import expert_ffn_bf16
 from pallas_kernels.expert_ffn_fp8.api import expert_ffn_fp8, quantize_experts
 from pallas_kernels.fp8 import E4M3
 from pallas_kernels.routes import routes
-from tests.pallas_kernels.hopper import DEVICE
+from tests.pallas_kernels.hopper import DEVICE, calls_on_h100
 
 # Kernels of the layer and its gradients, and how often each is called.
 FP8_KERNELS = {
@@ -48,34 +48,45 @@ def example():
     return x_TD, gates_TK, jnp.asarray(experts_TK), weights, jnp.asarray(rng.standard_normal((TOKENS, D)), jnp.bfloat16)
 
 
-def plain(x_TD, gates_TK, weights):
+def plain(x_TD, gates_TK, experts_TK, weights):
     """The same layer in float32, every expert for every token."""
     w_gate, w_up, w_down = weights
     dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     x = x_TD.astype(jnp.float32)
     hidden = jax.nn.silu(dot('TD,EDF->TEF', x, w_gate)) * dot('TD,EDF->TEF', x, w_up)
     y_TED = dot('TEF,EFD->TED', hidden, w_down)
-    chosen = jax.nn.one_hot(example()[2], EXPERTS)
+    chosen = jax.nn.one_hot(experts_TK, EXPERTS)
     return dot('TED,TKE,TK->TD', y_TED, chosen, gates_TK)
 
 
+@functools.partial(jax.jit, static_argnames='layer')
+def with_gradients(layer, x_TD, gates_TK, experts_TK, weights, d_TD, *copies):
+    """Output and gradients of x, gates and weights. `layer` takes the choices, and what `copies` there are as the last."""
+    out_TD, pull = jax.vjp(lambda x, g, w: layer(x, g, experts_TK, w, *copies), x_TD, gates_TK, weights)
+    return out_TD, *pull(d_TD.astype(out_TD.dtype))
+
+
+def float8(x_TD, gates_TK, experts_TK, weights, copies=None):
+    return expert_ffn_fp8(x_TD, gates_TK, routes(experts_TK, EXPERTS), weights, copies)
+
+
+def float8_of_powers_of_two(x_TD, gates_TK, experts_TK, weights):
+    return expert_ffn_fp8(x_TD, gates_TK, routes(experts_TK, EXPERTS), weights, power_of_two=True)
+
+
 @functools.cache
-def results(power_of_two=False, quantised_before=False):
-    """Output and gradients of x, gates and weights, in float8 and in float32."""
-    x_TD, gates_TK, experts_TK, weights, d_TD = example()
-    made = routes(experts_TK, EXPERTS)
-    copies = quantize_experts(*weights, power_of_two=power_of_two) if quantised_before else None
-    ours = lambda x, g, w: expert_ffn_fp8(x, g, made, w, copies, power_of_two=power_of_two)  # noqa: E731
-    found = []
-    for function, d in ((ours, d_TD), (plain, d_TD.astype(jnp.float32))):
-        out, pull = jax.vjp(function, x_TD, gates_TK, weights)
-        found.append((out, *jax.jit(pull)(d)))
-    return found
+def results(layer):
+    return with_gradients(layer, *example())
 
 
-@pytest.mark.parametrize('power_of_two', [False, True])
-def test_output_and_every_gradient_are_those_of_float32_to_the_precision_of_float8(power_of_two):
-    ours, theirs = results(power_of_two)
+@functools.cache
+def quantised_before():
+    return jax.jit(quantize_experts)(*example()[3])
+
+
+@pytest.mark.parametrize('layer', [float8, float8_of_powers_of_two])
+def test_output_and_every_gradient_are_those_of_float32_to_the_precision_of_float8(layer):
+    ours, theirs = results(layer), results(plain)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         assert x.shape == y.shape
         assert 2e-4 < difference(x, y) < 6e-3, path
@@ -83,31 +94,31 @@ def test_output_and_every_gradient_are_those_of_float32_to_the_precision_of_floa
 
 
 def test_an_expert_without_tokens_has_gradients_of_zeros_and_no_other():
-    for d_w in results()[0][3]:
+    for d_w in results(float8)[3]:
         used_E = np.any(np.asarray(d_w) != 0, axis=(1, 2))
         assert used_E.tolist() == [True] * (EXPERTS - 1) + [False]
 
 
 def test_weights_quantised_before_give_the_same_bits():
-    for x, y in zip(jax.tree.leaves(results()[0]), jax.tree.leaves(results(quantised_before=True)[0]), strict=True):
-        np.testing.assert_array_equal(x, y)
+    ours = with_gradients(float8, *example(), quantised_before())
+    jax.tree.map(np.testing.assert_array_equal, ours, results(float8))
 
 
 def test_without_masters_there_is_the_same_output_and_a_gradient_of_x():
-    x_TD, gates_TK, experts_TK, weights, d_TD = example()
-    made, copies = routes(experts_TK, EXPERTS), quantize_experts(*weights)
-    out_TD, pull = jax.vjp(lambda x, g: expert_ffn_fp8(x, g, made, None, copies), x_TD, gates_TK)
-    np.testing.assert_array_equal(out_TD, results()[0][0])
-    for x, y in zip(jax.jit(pull)(d_TD), results()[0][1:3], strict=True):
-        np.testing.assert_array_equal(x, y)
+    x_TD, gates_TK, experts_TK, _, d_TD = example()
+    ours = with_gradients(float8, x_TD, gates_TK, experts_TK, None, d_TD, quantised_before())
+    assert ours[3] is None
+    jax.tree.map(np.testing.assert_array_equal, ours[:3], results(float8)[:3])
 
 
 def test_backward_pass_keeps_float8_matrices_only():
     x_TD, gates_TK, experts_TK, weights, _ = example()
-    made = routes(experts_TK, EXPERTS)
-    kept = jax.tree.leaves(
-        jax.vjp(lambda *args: expert_ffn_fp8(args[0], args[1], made, args[2]), x_TD, gates_TK, weights)[1]
-    )
+    made = jax.eval_shape(functools.partial(routes, num_experts=EXPERTS), experts_TK)
+
+    def residuals(made, *args):
+        return jax.vjp(lambda x, g, w: expert_ffn_fp8(x, g, made, w), *args)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, made, x_TD, gates_TK, weights))
     rows = made.token_M.shape[0]
     values = [leaf for leaf in kept if leaf.dtype == E4M3]
     # x once a token, gate_up and h by rows, the weights once.
@@ -120,10 +131,10 @@ def test_backward_pass_keeps_float8_matrices_only():
 
 def test_tokens_do_not_see_each_other():
     """A NaN in one token's input is in that token's output and in no other's."""
-    x_TD, gates_TK, experts_TK, weights, _ = example()
-    out_TD = expert_ffn_fp8(x_TD.at[7, 3].set(jnp.nan), gates_TK, routes(experts_TK, EXPERTS), weights)
+    x_TD, *rest = example()
+    out_TD = with_gradients(float8, x_TD.at[7, 3].set(jnp.nan), *rest)[0]
     assert np.isnan(np.asarray(out_TD[7], np.float32)).all()
-    clean_TD = results()[0][0]
+    clean_TD = results(float8)[0]
     np.testing.assert_array_equal(np.delete(out_TD, 7, 0), np.delete(clean_TD, 7, 0))
 
 
@@ -145,7 +156,10 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
 
 @pytest.mark.parametrize(('layer', 'kernels'), [(expert_ffn_fp8, FP8_KERNELS), (expert_ffn_bf16, BF16_KERNELS)])
 def test_on_hopper_every_product_is_a_kernel(layer, kernels):
-    """The layer with its gradients, lowered for an H100: no product of XLA, and no kernel is missing."""
+    """The layer with its gradients, traced for an H100: no product of XLA, and no kernel is missing.
+
+    That each kernel is also compiled is tested beside it.
+    """
     rows = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)
     experts_TK, gates_TK = jax.ShapeDtypeStruct((512, 2), jnp.int32), jax.ShapeDtypeStruct((512, 2), jnp.float32)
     weights = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(4, 256, 128)] * 2 + [(4, 128, 256)])
@@ -155,12 +169,20 @@ def test_on_hopper_every_product_is_a_kernel(layer, kernels):
         out_TD, pull = jax.vjp(lambda x, g, w: layer(x, g, made, w), x_TD, gates_TK, weights)
         return out_TD, pull(d_TD)
 
+    called = calls_on_h100(step, rows, gates_TK, experts_TK, weights, rows)
+    assert {name: count for name, count in called.items() if name.startswith('kernel ')} == {
+        f'kernel {name}': count for name, count in kernels.items()
+    }
+    assert not [name for name in called if 'dot' in name]
+
+
+def test_weights_of_all_experts_are_lowered_for_hopper():
+    """Side by side and in stacks, which the kernel is not compiled for elsewhere."""
+    shapes = [(4, 256, 128)] * 2 + [(4, 128, 256)]
+    weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=DEVICE)):
-        traced = jax.jit(step).trace(rows, gates_TK, experts_TK, weights, rows)
-        text = traced.lower(lowering_platforms=('cuda',)).as_text()
-    assert 'dot_general' not in text
-    assert 'ragged_dot' not in text
-    assert text.count('@mosaic_gpu_v2') == sum(kernels.values())
+        text = jax.jit(quantize_experts).trace(*weights).lower(lowering_platforms=('cuda',)).as_text()
+    assert text.count('@mosaic_gpu_v2') == 2
 
 
 GPU_CHOICES = {

@@ -1,4 +1,4 @@
-"""Attention of MLA against the plain formula in float64, values and gradients of both results."""
+"""Attention of MLA against the plain formula in float64, values and gradients of both results; the kernels against that."""
 
 import functools
 import inspect
@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_mla import reference
-from pallas_kernels.flash_mla.api import flash_mla
+from pallas_kernels.bench import checks
+from pallas_kernels.flash_mla import reference, sight, sm90
+from pallas_kernels.flash_mla.api import SAVED, flash_mla
+from tests.pallas_kernels.hopper import DEVICE, calls_on_h100, compile_for_h100, needs_hopper_tools
 
 B, H, N, R, U = 2, 3, 16, 8, 12
 SCALE = 0.3
@@ -140,3 +143,218 @@ def test_scores_are_held_for_a_block_of_queries_only():
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(flash_mla)(*change(inputs(8, 8)), scale=SCALE)
+
+
+def documents(T, count, seed=0):
+    """Segments of so many documents, cut at random, numbered in any order."""
+    rng = np.random.default_rng([T, count, seed])
+    cuts = np.sort(rng.integers(1, max(T, 2), (B, count - 1)), axis=1)
+    order = np.stack([rng.permutation(count) for _ in range(B)])
+    return np.take_along_axis(order, (np.arange(T)[None, :, None] >= cuts[:, None]).sum(-1), axis=1).astype(np.int32)
+
+
+@pytest.mark.parametrize('kind', ['causal', 'documents', 'mixed', 'prefix'])
+def test_ranges_of_blocks_hold_all_that_is_seen(kind):
+    """Outside of a range nobody sees anything; where nothing is masked, everybody sees everything."""
+    T = S = 300
+    seen = sight.causal(B, T)
+    if kind == 'prefix':
+        S = 420
+        seen = sight.Sight(
+            seen.positions_BT + jnp.array([[100], [-3]]), seen.q_segments_BT, jnp.zeros((B, S), jnp.int32)
+        )
+    elif kind != 'causal':
+        numbers = documents(T, 4)
+        if kind == 'mixed':
+            numbers = np.random.default_rng(0).integers(0, 3, (B, T)).astype(np.int32)
+        seen = seen._replace(q_segments_BT=jnp.asarray(numbers), k_segments_BS=jnp.asarray(numbers))
+    visible = np.asarray(
+        (jnp.arange(S) <= seen.positions_BT[..., None]) & (seen.q_segments_BT[..., None] == seen.k_segments_BS[:, None])
+    )
+    rows, keys = 64, 32
+    for ranges, cut in (
+        (sight.key_ranges(seen, rows, keys), lambda b, i, j: visible[b, i * rows :][:rows, j * keys :][:, :keys]),
+        (sight.query_ranges(seen, rows, keys), lambda b, j, i: visible[b, i * rows :][:rows, j * keys :][:, :keys]),
+    ):
+        skipped = 0
+        for b, one, other in np.ndindex(B, ranges.shape[1], -(-max(T, S) // 32)):
+            begin, full_begin, full_end, end = np.asarray(ranges[b, one])
+            assert begin <= full_begin <= full_end <= end
+            block = cut(b, one, other)
+            if not begin <= other < end:
+                assert not block.any()
+                skipped += 1
+            if full_begin <= other < full_end:
+                assert block.all()
+                assert block.size
+        assert skipped > (0 if kind == 'mixed' else ranges.shape[1])
+
+
+def served(T, S, heads=2):
+    """Inputs of widths that the kernels serve."""
+    rng = np.random.default_rng([T, S])
+    shapes = (B, T, heads, 128), (B, T, heads, 64), (B, S, heads, 128), (B, S, 64), (B, S, heads, 128)
+    return reference.Inputs(*(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes))
+
+
+def sights(kind, T, S):
+    """What is handed to the kernels, which take None for causal attention."""
+    if kind == 'causal':
+        return None
+    plain = sight.causal(B, T)
+    if kind == 'documents':
+        numbers = jnp.asarray(documents(T, min(8, T)))
+        return plain._replace(q_segments_BT=numbers, k_segments_BS=numbers)
+    positions_BT = plain.positions_BT + jnp.array([[S - T], [0]])
+    positions_BT = positions_BT.at[1, -1].set(-1)  # sees nothing
+    return sight.Sight(positions_BT, plain.q_segments_BT, jnp.zeros((B, S), jnp.int32))
+
+
+def given(T, heads=2):
+    rng = np.random.default_rng(7)
+    d_out, d_lse = rng.standard_normal((B, T, heads, 128)), rng.standard_normal((B, heads, T))
+    return jnp.asarray(d_out, jnp.bfloat16), jnp.asarray(d_lse, jnp.float32)
+
+
+def both_passes(module, x, seen, d_out, d_lse, saved=None, **options):
+    """Forward, and backward from its results or from those that are given."""
+    out, lse = module.forward(x, seen, SCALE / 4, **options)
+    d_lse = jnp.where(jnp.isneginf(lse), 0, d_lse)
+    return out, lse, *module.backward(x, seen, SCALE / 4, *(saved or (out, lse)), d_out, d_lse, **options)
+
+
+def assert_same_attention(ours, theirs):
+    """Bfloat16 results within two roundings of the largest, `lse` of float32, and nearly all of them far nearer."""
+    for label, got, expected in zip(('out', 'lse', *NAMES), ours, theirs, strict=True):
+        assert got.dtype == expected.dtype
+        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        if label == 'lse':
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+            continue
+        assert np.all(np.isfinite(got)), label
+        assert np.max(np.abs(got - expected)) <= 2**-7 * np.max(np.abs(expected)), label
+        norm = np.sum(got * got) + np.sum(expected * expected)
+        assert norm == 0 or 1 - 2 * np.sum(got * expected) / norm < 2e-5, label
+
+
+@pytest.mark.parametrize(('kind', 'T', 'S'), [('causal', 150, 150), ('documents', 200, 200), ('prefix', 66, 200)])
+def test_interpreted_kernels_give_the_reference(kind, T, S, capfd, monkeypatch):
+    monkeypatch.setattr(reference, 'BLOCK', 512)
+    x, seen, d = served(T, S, heads=1), sights(kind, T, S), given(T, heads=1)
+    theirs = jax.jit(lambda x: both_passes(reference, x, seen, *d))(x)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    ours = jax.jit(lambda x: both_passes(sm90, x, seen, *d, saved=theirs[:2], interpret=interpret))(x)
+    assert_same_attention(ours, theirs)
+    assert 'RACE' not in ''.join(capfd.readouterr())
+
+
+@needs_hopper_tools
+@pytest.mark.parametrize(('kind', 'T'), [('causal', 4096), ('documents', 4096), ('causal', 1), ('prefix', 63)])
+def test_kernels_compile_for_hopper(kind, T):
+    """Without spills or waits between products; lengths that cannot be copied as they are, too."""
+    x, d = jax.eval_shape(lambda: (served(T, T), given(T)))
+    seen = jax.eval_shape(lambda: sights(kind, T, T))
+    report = compile_for_h100(functools.partial(both_passes, sm90), x, seen, *d)
+    assert set(report.kernels) == {'flash_mla', 'flash_mla_dq', 'flash_mla_dkv'}
+    assert report.problems() == []
+
+
+def test_the_kernels_serve_the_widths_of_the_model_on_hopper():
+    kernels = {'kernel flash_mla': 1, 'kernel flash_mla_dq': 1, 'kernel flash_mla_dkv': 1}
+    assert kernels_of_training(served(64, 64)) == kernels
+    with pytest.warns(UserWarning, match='heads are'):
+        assert kernels_of_training(tuple(inputs(64, 64, jnp.bfloat16))) == {}
+    with pytest.warns(UserWarning, match='float32'):
+        assert kernels_of_training([array.astype(jnp.float32) for array in served(64, 64)]) == {}
+
+
+def test_a_policy_that_keeps_the_results_spares_the_forward_pass():
+    keep = jax.checkpoint_policies.save_only_these_names(SAVED)
+    kernels = {'kernel flash_mla': 1, 'kernel flash_mla_dq': 1, 'kernel flash_mla_dkv': 1}
+    assert kernels_of_training(served(64, 64), lambda f: jax.checkpoint(f, policy=keep)) == kernels
+    assert kernels_of_training(served(64, 64), jax.checkpoint) == kernels | {'kernel flash_mla': 2}
+
+
+def kernels_of_training(x, wrap=lambda f: f):
+    """How often each kernel is called by attention and its gradients, traced for an H100."""
+    attend = wrap(lambda *x: flash_mla(*x, scale=SCALE)[0])
+
+    def step(*x):
+        out, pull = jax.vjp(attend, *x)
+        return pull(out)
+
+    return {name: count for name, count in calls_on_h100(step, *x).items() if name.startswith('kernel ')}
+
+
+def test_a_kernel_asked_for_by_name_says_what_it_does_not_serve():
+    on_h100 = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=DEVICE))
+    with on_h100, pytest.raises(NotImplementedError, match=r'heads are \(16, 8, 12\) wide'):
+        flash_mla(*inputs(8, 8, jnp.bfloat16), scale=SCALE, implementation='pallas')
+    with pytest.raises(NotImplementedError, match='needs a Hopper GPU'):
+        flash_mla(*served(8, 8), scale=SCALE, implementation='pallas')
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('T', [1, 63, 64, 65, 1000, 4096, 8192])
+@pytest.mark.parametrize('kind', ['causal', 'documents', 'prefix'])
+def test_gpu_kernels_give_the_reference(kind, T, monkeypatch):
+    """Both passes, through the public function, in memory that held NaNs; the same bits twice."""
+    monkeypatch.setattr(reference, 'BLOCK', 512)
+    S = 2 * T if kind == 'prefix' else T
+    x, seen, d = served(T, S), sights(kind, T, S), given(T)
+    positions_BT, *segments = seen or (None,)
+
+    def run(implementation, x, d):
+        options = {'segments': tuple(segments) or None, 'positions_BT': positions_BT, 'implementation': implementation}
+        (out, lse), pull = jax.vjp(lambda *x: flash_mla(*x, scale=SCALE / 4, **options), *x)
+        return out, lse, *pull((d[0], jnp.where(jnp.isneginf(lse), 0, d[1])))
+
+    theirs = jax.jit(functools.partial(run, 'reference'))(x, d)
+    program = jax.jit(functools.partial(run, 'pallas'))
+    ours, poisoned = checks.in_poisoned_memory(lambda: jax.block_until_ready(program(x, d)))
+    assert poisoned or T < 64
+    assert_same_attention(ours, theirs)
+    for once, again in zip(ours, program(x, d), strict=True):
+        np.testing.assert_array_equal(np.asarray(once), np.asarray(again))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('zeros', ['queries', 'keys'])
+def test_gpu_products_of_registers_are_exact(zeros):
+    """Scores are zeros: a query sees the four keys of its group with probability 1/4, and integers have no rounding."""
+    T, heads = 512, 3
+    rng = np.random.default_rng(0)
+    whole = lambda zero, *shape: jnp.asarray(0 if zero else 1, jnp.bfloat16) * rng.integers(-2, 3, shape)  # noqa: E731
+    q, k = zeros == 'queries', zeros == 'keys'
+    x = reference.Inputs(
+        whole(q, B, T, heads, 128),
+        whole(q, B, T, heads, 64),
+        whole(k, B, T, heads, 128),
+        whole(k, B, T, 64),
+        whole(False, B, T, heads, 128) * (jnp.arange(128) < 8),  # few terms: eight bits hold what becomes of them
+    )
+    x = reference.Inputs(*(array.astype(jnp.bfloat16) for array in x))
+    d_out = (4 * whole(False, B, T, heads, 128)).astype(jnp.bfloat16)
+    group = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) // 4, (B, T))
+    options = {'segments': (group, group), 'positions_BT': jnp.full((B, T), T), 'implementation': 'pallas'}
+    (out, lse), pull = jax.vjp(lambda *x: flash_mla(*x, scale=1.0, **options), *x)
+    ours = [np.asarray(y, np.float64) for y in (out, *pull((d_out, jnp.zeros_like(lse))))]
+
+    four = lambda y: np.asarray(y, np.float64).reshape(B, T // 4, 4, *y.shape[2:])  # noqa: E731
+    q, q_rope, k, k_rope, v = map(four, x)
+    g = four(d_out)
+    d_p = np.einsum('bgthu,bgshu->bghts', g, v)
+    d_s = (d_p - d_p.mean(-1, keepdims=True)) / 4
+    everywhere = lambda y: np.broadcast_to(y.mean(2, keepdims=True), y.shape)  # noqa: E731
+    wanted = (
+        everywhere(v),
+        np.einsum('bghts,bgshn->bgthn', d_s, k),
+        np.einsum('bghts,bgsr->bgthr', d_s, k_rope),
+        np.einsum('bghts,bgthn->bgshn', d_s, q),
+        np.einsum('bghts,bgthr->bgsr', d_s, q_rope),
+        everywhere(g),
+    )
+    for label, got, expected in zip(('out', *NAMES), ours, wanted, strict=True):
+        expected = np.asarray(jnp.asarray(expected.reshape(got.shape), jnp.bfloat16), np.float64)
+        np.testing.assert_array_equal(got, expected, err_msg=label)
+    assert np.any(ours[1]) != np.any(ours[3])

@@ -8,6 +8,8 @@ error has the deviation 2**(e - 3) / sqrt(12), so each operand errs by 0.036 of 
 a product of two, whatever its length, by sqrt(2) * 0.036 = 0.051.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,9 +49,10 @@ def operands(name):
     return x_MK, weights, d_outputs
 
 
-def run(x_MK, weights, d_outputs, **options):
+@functools.partial(jax.jit, static_argnames=('power_of_two', 'implementation'))
+def run(x_MK, weights, d_outputs, quantized=None, **options):
     """Outputs, the gradient of x and those of the weights."""
-    outputs, pull = jax.vjp(lambda x_MK, weights: linears_fp8(x_MK, weights, **options), x_MK, weights)
+    outputs, pull = jax.vjp(lambda x_MK, weights: linears_fp8(x_MK, weights, quantized, **options), x_MK, weights)
     return outputs, *pull(d_outputs)
 
 
@@ -111,21 +114,26 @@ def test_linear_fp8_is_three_float8_products():
     """Each product reads the operand that was quantised for it: the outcome is the same to the bit."""
     x_MK, (w_KN,), (d_MN,) = operands('odd_rows')
     (y_MN,), d_x_MK, (d_w_KN,) = run(x_MK, (w_KN,), (d_MN,))
-    rows, columns = quantize_rows_and_columns(x_MK)
-    d_rows, d_columns = quantize_rows_and_columns(d_MN)
-    natural, transposed = quantize_blocks(w_KN)
-    np.testing.assert_array_equal(y_MN, gemm_fp8(rows, transposed, out_dtype=x_MK.dtype))
-    np.testing.assert_array_equal(d_x_MK, gemm_fp8(d_rows, natural, out_dtype=x_MK.dtype))
-    np.testing.assert_array_equal(d_w_KN, wgrad_fp8(columns, d_columns))
-    np.testing.assert_array_equal(y_MN, linear_fp8(x_MK, w_KN))
+
+    @jax.jit
+    def products(x_MK, w_KN, d_MN):
+        rows, columns = quantize_rows_and_columns(x_MK)
+        d_rows, d_columns = quantize_rows_and_columns(d_MN)
+        natural, transposed = quantize_blocks(w_KN)
+        multiply = functools.partial(gemm_fp8, out_dtype=x_MK.dtype)
+        return multiply(rows, transposed), multiply(d_rows, natural), wgrad_fp8(columns, d_columns)
+
+    jax.tree.map(np.testing.assert_array_equal, (y_MN, d_x_MK, d_w_KN), products(x_MK, w_KN, d_MN))
+    np.testing.assert_array_equal(y_MN, jax.jit(linear_fp8)(x_MK, w_KN))
 
 
 @pytest.mark.parametrize('name', ['down_projections', 'narrow'])
 def test_linears_fp8_equal_the_layers_apart(name):
     x_MK, weights, d_outputs = operands(name)
     outputs, _, d_weights = run(x_MK, weights, d_outputs)
-    for i, w_KN in enumerate(weights):
-        (y_MN,), _, (d_w_KN,) = run(x_MK, (w_KN,), (d_outputs[i],))
+    each = jax.jit(lambda x_MK, *pairs: [run(x_MK, (w_KN,), (d_MN,)) for w_KN, d_MN in pairs])
+    apart = each(x_MK, *zip(weights, d_outputs, strict=True))
+    for i, ((y_MN,), _, (d_w_KN,)) in enumerate(apart):
         # The same operands; the CPU's order of summation depends on the width.
         np.testing.assert_allclose(exact(outputs[i]), exact(y_MN), rtol=2**-7, atol=1e-5 * np.abs(exact(y_MN)).max())
         np.testing.assert_allclose(d_weights[i], d_w_KN, rtol=1e-5, atol=1e-6 * np.abs(exact(d_w_KN)).max())
@@ -135,7 +143,7 @@ def test_backward_pass_keeps_float8_only():
     x_MK, weights, _ = operands('down_projections')
 
     def check_kept(function, *args):
-        kept = jax.tree.leaves(jax.vjp(function, *args)[1])
+        kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args))
         assert {leaf.dtype for leaf in kept} == {jnp.dtype(E4M3), jnp.dtype(jnp.float32)}
         values = [leaf for leaf in kept if leaf.dtype == E4M3]
         scales = [leaf for leaf in kept if leaf.dtype == jnp.float32]
@@ -151,7 +159,7 @@ def test_backward_pass_of_stacked_layers_keeps_float8_only():
     x_MK = jnp.ones((40, 128), jnp.bfloat16)
     w_LKN = jnp.ones((3, 128, 128), jnp.float32)
     layers = lambda x_MK, w_LKN: jax.lax.scan(lambda x, w: (linear_fp8(x, w), None), x_MK, w_LKN)[0]  # noqa: E731
-    kept = jax.tree.leaves(jax.vjp(layers, x_MK, w_LKN)[1])
+    kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(layers, *args)[1], x_MK, w_LKN))
     assert sorted((leaf.dtype.name, leaf.shape) for leaf in kept) == [
         ('float32', (3, 1, 1)),
         ('float32', (3, 1, 128)),
@@ -162,20 +170,19 @@ def test_backward_pass_of_stacked_layers_keeps_float8_only():
 
 def test_quantised_weight_stands_for_its_master_and_gradients_reach_the_master():
     x_MK, weights, d_outputs = operands('down_projections')
-    quantized = tuple(quantize_blocks(w_KN) for w_KN in weights)
+    quantized = jax.jit(lambda *weights: tuple(quantize_blocks(w_KN) for w_KN in weights))(*weights)
     unread = tuple(jnp.full_like(w_KN, jnp.nan) for w_KN in weights)
-    jax.tree.map(
-        np.testing.assert_array_equal, run(x_MK, unread, d_outputs, quantized=quantized), run(x_MK, weights, d_outputs)
-    )
-    outputs, pull = jax.vjp(lambda x_MK, quantized: linears_fp8(x_MK, None, quantized), x_MK, quantized)
-    expected, d_x_MK, _ = run(x_MK, weights, d_outputs)
-    jax.tree.map(np.testing.assert_array_equal, outputs, expected)
-    np.testing.assert_array_equal(pull(d_outputs)[0], d_x_MK)
+    expected = run(x_MK, weights, d_outputs)
+    jax.tree.map(np.testing.assert_array_equal, run(x_MK, unread, d_outputs, quantized), expected)
+    outputs, d_x_MK, no_gradients = run(x_MK, None, d_outputs, quantized)
+    jax.tree.map(np.testing.assert_array_equal, (outputs, d_x_MK), expected[:2])
+    assert no_gradients is None
 
 
 def test_power_of_two_reaches_every_operand():
     x_MK, weights, d_outputs = operands('odd_rows')
-    kept = jax.tree.leaves(jax.vjp(lambda *args: linears_fp8(*args, power_of_two=True), x_MK, weights)[1])
+    residuals = jax.jit(lambda *args: jax.vjp(lambda *args: linears_fp8(*args, power_of_two=True), *args)[1])
+    kept = jax.tree.leaves(residuals(x_MK, weights))
     for scales in (leaf for leaf in kept if leaf.dtype == jnp.float32):
         assert np.all(np.frexp(np.asarray(scales))[0] == 0.5)
     # A gradient that powers of two hold exactly comes through its own quantisation unharmed; 448 is not one of them.
@@ -250,7 +257,7 @@ def test_zeros_give_zeros():
 
 def test_linear_fp8_bad_input_is_named():
     x_MK, (w_KN,), _ = operands('one_row')
-    copy = quantize_blocks(w_KN)
+    copy = jax.jit(quantize_blocks)(w_KN)
     with pytest.raises(ValueError, match=r'x is \(1, 128\) and a weight \(127, 64\): it must be \(128, N\)'):
         linear_fp8(x_MK, w_KN[1:])
     with pytest.raises(ValueError, match='a weight is int8, it must be float32 or bfloat16'):

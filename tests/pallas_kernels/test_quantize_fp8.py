@@ -41,8 +41,13 @@ def run(operation, module, x, power_of_two=False, **options):
     return function(x, **options) if operation == 'e5m6' else function(x, power_of_two=power_of_two, **options)
 
 
-def jitted(function, x, **options):
-    return jax.jit(functools.partial(function, **options))(x)
+@functools.cache
+def compiled(function, **options):
+    return jax.jit(functools.partial(function, **options))
+
+
+def jitted(function, *args, **options):
+    return compiled(function, **options)(*args)
 
 
 def f64(x):
@@ -230,9 +235,10 @@ def test_kernel_interpreted_equals_reference(operation, config, M, K, dtype, cap
 @pytest.mark.parametrize('interpret', [None, plgpu.InterpretGPUParams(detect_races=True)], ids=['reference', 'kernel'])
 def test_a_stack_of_weights_is_quantised_matrix_by_matrix(interpret, capfd):
     w_EKN = jnp.stack([matrix('heavy_tailed', 256, 192, F32) * scale for scale in (1, 1e-3, 1e4)])
-    ours = (
-        api.quantize_blocks(w_EKN) if interpret is None else sm90.quantize_blocks(w_EKN, cores=2, interpret=interpret)
-    )
+    if interpret is None:
+        ours = jitted(api.quantize_blocks, w_EKN)
+    else:
+        ours = sm90.quantize_blocks(w_EKN, cores=2, interpret=interpret)
     each = [jitted(api.quantize_blocks, w_KN) for w_KN in w_EKN]
     assert_equal(ours, jax.tree.map(lambda *parts: jnp.stack(parts), *each))
     captured = capfd.readouterr()
@@ -247,7 +253,7 @@ def test_weights_side_by_side_are_quantised_as_one(stack, interpret, capfd):
     weights = whole[..., :128], whole[..., 128:384], whole[..., 384:]
     wanted = jitted(api.quantize_blocks, whole)
     if interpret is None:
-        assert_equal(api.quantize_blocks(*weights), wanted)
+        assert_equal(jitted(api.quantize_blocks, *weights), wanted)
     else:
         assert_equal(sm90.quantize_blocks(*weights, cores=1, interpret=interpret), wanted)
     captured = capfd.readouterr()
@@ -272,7 +278,7 @@ def test_weights_that_cannot_stand_side_by_side_are_named(shapes, dtypes, proble
 
 def float8_rows(M, K):
     """Rows in float8 whose scales past M are NaN, as they may be."""
-    rows = api.quantize_rows(matrix('heavy_tailed', M, K))
+    rows = jitted(api.quantize_rows, matrix('heavy_tailed', M, K))
     return rows._replace(scales=rows.scales.at[:, M:].set(jnp.nan))
 
 
@@ -280,8 +286,8 @@ def float8_rows(M, K):
 def test_requantised_columns_are_those_of_what_the_rows_stand_for(power_of_two):
     rows = float8_rows(200, 192)
     dense = np.asarray(rows.values, np.float32) * np.asarray(rows.scales).T[:200].repeat(128, 1)[:, :192]
-    wanted = api.quantize_columns(jnp.asarray(dense).astype(BF16), power_of_two=power_of_two)
-    assert_equal(api.requantize_columns(rows, power_of_two=power_of_two), wanted)
+    wanted = jitted(api.quantize_columns, jnp.asarray(dense).astype(BF16), power_of_two=power_of_two)
+    assert_equal(jitted(api.requantize_columns, rows, power_of_two=power_of_two), wanted)
 
 
 @pytest.mark.timeout(120)
@@ -291,7 +297,7 @@ def test_interpreted_requantisation_equals_the_reference(M, K, config, capfd):
     rows = float8_rows(M, K)
     options = {'cores': 1, 'interpret': plgpu.InterpretGPUParams(detect_races=True)}
     ours = sm90.requantize_columns(rows, config=dataclasses.replace(config, blocks=2), **options)
-    assert_equal(ours, reference.requantize_columns(rows, False))
+    assert_equal(ours, jitted(reference.requantize_columns, rows, power_of_two=False))
     captured = capfd.readouterr()
     assert 'RACE' not in captured.out + captured.err
 

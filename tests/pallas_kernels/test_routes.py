@@ -20,7 +20,7 @@ def choices(name: str) -> np.ndarray:
 def test_rows_are_sorted_by_expert_from_whole_blocks_on(name):
     tokens, top_k, experts = CASES[name]
     experts_TK = choices(name)
-    made = routes(jnp.asarray(experts_TK), experts)
+    made = jax.jit(routes, static_argnums=1)(jnp.asarray(experts_TK), experts)
     token_M, start = np.full(made.token_M.shape, tokens), 0
     for expert in range(experts):
         mine = [token for token in range(tokens) if expert in experts_TK[token]]
@@ -43,9 +43,9 @@ def test_the_worst_choice_fits_the_buffer():
 @pytest.mark.parametrize('name', CASES)
 def test_permuted_and_combined_rows_are_the_tokens_again(name):
     tokens, top_k, experts = CASES[name]
-    made = routes(jnp.asarray(choices(name)), experts)
-    x = quantize_rows(jax.random.normal(jax.random.key(0), (tokens, 192)))
-    moved = permute(x, made.token_M)
+    made = jax.jit(routes, static_argnums=1)(jnp.asarray(choices(name)), experts)
+    x = jax.jit(quantize_rows)(jax.random.normal(jax.random.key(0), (tokens, 192)))
+    moved = jax.jit(permute)(x, made.token_M)
     assert (moved.values.shape, moved.scales.shape) == ((len(made.token_M), 192), (2, len(made.token_M)))
     values = np.asarray(x.values, np.float32)
     wanted = np.concatenate([values, np.zeros((1, 192))])[np.asarray(made.token_M)]

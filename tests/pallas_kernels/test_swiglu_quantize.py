@@ -44,7 +44,7 @@ def inputs(operation, kind, M, H, weighted=True):
     if operation.startswith('forward'):
         return gate_up, weight
     if 'bf16' not in operation:
-        gate_up = jax.jit(functools.partial(quantize_rows, power_of_two=False))(gate_up)
+        gate_up = compiled(quantize_rows, power_of_two=False)(gate_up)
         gate_up = gate_up._replace(scales=gate_up.scales.at[:, M:].set(jnp.nan))
     d_hidden = matrix('random' if kind == 'extreme_gates' else kind, M, H, 1)
     return gate_up, d_hidden, weight
@@ -55,8 +55,13 @@ def run(operation, module, *args, power_of_two=False, **options):
     return function(*args, power_of_two=power_of_two, columns=not operation.endswith('_rows'), **options)
 
 
+@functools.cache
+def compiled(function, *args, **options):
+    return jax.jit(functools.partial(function, *args, **options))
+
+
 def jitted(operation, module, *args, **options):
-    return jax.jit(functools.partial(run, operation, module, **options))(*args)
+    return compiled(run, operation, module, **options)(*args)
 
 
 def f64(x):
