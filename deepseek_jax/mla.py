@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from deepseek_jax import ops, rope
 from deepseek_jax.cache import Cache
@@ -32,13 +31,6 @@ class Attend(NamedTuple):
     positions_BT: Int[Array, 'B T']
     rotation: rope.Rotation
     segments_BT: Int[Array, 'B T'] | None = None
-
-    def mask(self, keys: int) -> Bool[Array, 'B T S']:
-        """True where a query may look at one of so many keys."""
-        mask_BTS = jnp.arange(keys) <= self.positions_BT[:, :, None]
-        if self.segments_BT is not None:
-            mask_BTS &= self.segments_BT[:, :, None] == self.segments_BT[:, None]
-        return mask_BTS
 
 
 def parameter_names(config: MLAConfig) -> tuple[str, ...]:
@@ -65,53 +57,51 @@ def attention(
     between them again [3.2.3].
     """
 
-    def between(params: Params, queries: tuple, latent_BTC: Array, k_rope_BTR: Array, cache: Cache | None) -> tuple:
-        q_BTHN, q_rope_BTHR = _queries(params, queries, attend.rotation, config)
-        latent_BSC = rms_norm(latent_BTC, params['latent_norm_C'], config.mla.latent_norm_eps)
-        k_rope_BSR = rope.rotate(k_rope_BTR, attend.rotation.cos, attend.rotation.sin)
+    def between(params: Params, down: tuple, cache: Cache | None) -> tuple[Array, Cache | None]:
+        q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR = _up(params, down, attend.rotation, config)
         if cache is not None:
             cache = cache.write(latent_BSC, k_rope_BSR, attend.positions_BT)
             latent_BSC, k_rope_BSR = cache
-        inputs = q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR
-        if absorbed:
-            return _absorbed(params, *inputs, attend, config), cache
-        return _expanded(params, *inputs, attend, cache is not None, config), cache
+        inputs = params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend
+        return _absorbed(*inputs, config) if absorbed else _expanded(*inputs, cache is not None, config), cache
 
     if config.remat == 'paper':
         between = jax.checkpoint(between, policy=ops.KEEP_ATTENTION, prevent_cse=False)
-    out_BTHU, cache = between(params, *_down(params, x_BTD, config), cache)
+    out_BTHU, cache = between(params, _down(params, x_BTD, config), cache)
     return ops.linear('BTHU,HUD->BTD', out_BTHU, params['w_o_HUD'], config.precision), cache
 
 
-def _down(params: Params, x_BTD: Array, config: ModelConfig) -> tuple[tuple, Array, Array]:
-    """What attention makes of its input: the queries' latent, or the queries; the latent `c^KV`; the rotary key."""
+def project(
+    params: Params, x_BTD: Float[Array, 'B T D'], rotation: rope.Rotation, config: ModelConfig
+) -> tuple[Array, Array, Array, Array]:
+    """What attention is made of [eq. 1, 3, 6-9].
+
+    Queries `q^C` (B, T, H, N) and rotated `q^R` (B, T, H, R) of each head; what the cache keeps: the normalised latent
+    `c^KV` (B, T, C) and the rotated shared key `k^R` (B, T, R).
+    """
+    return _up(params, _down(params, x_BTD, config), rotation, config)
+
+
+def _down(params: Params, x_BTD: Array, config: ModelConfig) -> tuple:
+    """The products with the layer's input: the queries' latent (without one, the queries), `c^KV` and `k^R` as they come."""
     if config.mla.query_rank is None:
         weights = [params[name] for name in ('w_q_DHN', 'w_qr_DHR', 'w_dkv_DC', 'w_kr_DR')]
-        *queries, latent_BTC, k_rope_BTR = ops.linears(
-            'BTD,DHN,DHR,DC,DR->BTHN,BTHR,BTC,BTR', x_BTD, weights, config.precision
-        )
-    else:
-        weights = [params[name] for name in ('w_dq_DQ', 'w_dkv_DC', 'w_kr_DR')]
-        *queries, latent_BTC, k_rope_BTR = ops.linears('BTD,DQ,DC,DR->BTQ,BTC,BTR', x_BTD, weights, config.precision)
-    return tuple(queries), latent_BTC, k_rope_BTR
+        return ops.linears('BTD,DHN,DHR,DC,DR->BTHN,BTHR,BTC,BTR', x_BTD, weights, config.precision)
+    weights = [params[name] for name in ('w_dq_DQ', 'w_dkv_DC', 'w_kr_DR')]
+    return ops.linears('BTD,DQ,DC,DR->BTQ,BTC,BTR', x_BTD, weights, config.precision)
 
 
-def _queries(params: Params, queries: tuple, rotation: rope.Rotation, config: ModelConfig) -> tuple[Array, Array]:
-    """Queries `q^C` (B, T, H, N) and rotated `q^R` (B, T, H, R) of each head [eq. 6-9]."""
-    if config.mla.query_rank is None:
-        q_BTHN, q_rope_BTHR = queries
-    else:
+def _up(params: Params, down: tuple, rotation: rope.Rotation, config: ModelConfig) -> tuple[Array, Array, Array, Array]:
+    """`project` from what `_down` returned: norms, the queries' up-projections, rotation."""
+    *queries, latent_BTC, k_rope_BTR = down
+    if config.mla.query_rank is not None:
         c_BTQ = rms_norm(*queries, params['query_norm_Q'], config.mla.latent_norm_eps)
         weights = [params[name] for name in ('w_uq_QHN', 'w_qr_QHR')]
-        q_BTHN, q_rope_BTHR = ops.linears('BTQ,QHN,QHR->BTHN,BTHR', c_BTQ, weights, config.precision)
-    return q_BTHN, rope.rotate(q_rope_BTHR, rotation.cos[:, :, None], rotation.sin[:, :, None])
-
-
-def attention_probabilities(
-    scores_BHTS: Float[Array, 'B H T S'], mask_BTS: Bool[Array, 'B T S']
-) -> Float[Array, 'B H T S']:
-    """Softmax over the allowed keys, in float32. Every query must have at least one."""
-    return jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, jnp.finfo(jnp.float32).min), axis=-1)
+        queries = ops.linears('BTQ,QHN,QHR->BTHN,BTHR', c_BTQ, weights, config.precision)
+    q_BTHN, q_rope_BTHR = queries
+    q_rope_BTHR = rope.rotate(q_rope_BTHR, rotation.cos[:, :, None], rotation.sin[:, :, None])
+    latent_BTC = rms_norm(latent_BTC, params['latent_norm_C'], config.mla.latent_norm_eps)
+    return q_BTHN, q_rope_BTHR, latent_BTC, rope.rotate(k_rope_BTR, rotation.cos, rotation.sin)
 
 
 def _expanded(
@@ -128,9 +118,6 @@ def _expanded(
 def _absorbed(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend: Attend, config: ModelConfig):
     """`q . (W_uk c) = (W_uk^T q) . c` and `sum_s p_s (W_uv c_s) = W_uv (sum_s p_s c_s)`."""
     q_BTHC = ops.einsum('BTHN,CHN->BTHC', q_BTHN, params['w_uk_CHN'])
-    scores_BHTS = ops.einsum_fp32('BTHC,BSC->BHTS', q_BTHC, latent_BSC)
-    scores_BHTS += ops.einsum_fp32('BTHR,BSR->BHTS', q_rope_BTHR, k_rope_BSR)
-    mask_BTS = attend.mask(latent_BSC.shape[1])
-    probabilities_BHTS = attention_probabilities(scores_BHTS * config.softmax_scale, mask_BTS).astype(latent_BSC.dtype)
-    out_BTHC = ops.einsum('BHTS,BSC->BTHC', probabilities_BHTS, latent_BSC)
+    inputs = q_BTHC, q_rope_BTHR, latent_BSC, k_rope_BSR
+    out_BTHC = ops.latent_attention(*inputs, config.softmax_scale, attend.positions_BT)
     return ops.einsum('BTHC,CHU->BTHU', out_BTHC, params['w_uv_CHU'])

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 import pallas_kernels
 from deepseek_jax.config import PrecisionConfig
-from pallas_kernels import ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
+from pallas_kernels import PAGE, ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
 from pallas_kernels.flash_mla.api import SAVED
 from pallas_kernels.fp8 import dequantize_blocks, rounded
 from pallas_kernels.implementation import hopper_cores
@@ -171,6 +171,29 @@ def attention(
     segments = None if segments_BT is None else (segments_BT, segments_BT)
     inputs = q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU
     return pallas_kernels.flash_mla(*inputs, scale=scale, segments=segments, positions_BT=positions_BT)[0]
+
+
+def latent_attention(
+    q_BTHC: Float[Array, 'B T H C'],
+    q_rope_BTHR: Float[Array, 'B T H R'],
+    latent_BSC: Float[Array, 'B S C'],
+    k_rope_BSR: Float[Array, 'B S R'],
+    scale: float,
+    positions_BT: Int[Array, 'B T'],
+) -> Float[Array, 'B T H C']:
+    """`softmax(scale * (q c + q_rope k_rope)) c` over the slots up to each query's position.
+
+    The T queries of a row stand at positions one after the other; a row whose last position lies outside the cache is
+    idle, its output means nothing. The slots are read as pages: where S is no multiple of a page they are copied.
+    """
+    B, S = latent_BSC.shape[:2]
+    fill = [(0, 0), (0, -S % PAGE), (0, 0)]
+    pages = (jnp.pad(x, fill).reshape(-1, PAGE, x.shape[2]) for x in (latent_BSC, k_rope_BSR))
+    table_BW = jnp.arange(B * -(-S // PAGE), dtype=jnp.int32).reshape(B, -1)
+    last_B = positions_BT[:, -1].astype(jnp.int32)
+    lengths_B = jnp.where((last_B >= 0) & (last_B < S), last_B + 1, 0)
+    cache = pallas_kernels.LatentPages(*pages)
+    return pallas_kernels.decode_mla(q_BTHC, q_rope_BTHR, cache, table_BW, lengths_B, scale=scale)[0]
 
 
 def grouped_matmul(

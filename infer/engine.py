@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 import deepseek_jax as ds
+from deepseek_jax.ops import PAGE
 from deepseek_jax.tokenizer import Tokenizer
 from infer.request import Completion, Event, FinishReason, Request
 from infer.sampling import SamplingRows, greedy_rows, one_row, sample, token_keys
@@ -233,7 +234,8 @@ class Engine:
         )
         # On the devices of the parameters: arrays that only happen to be there would make a program compile twice,
         # once for them and once for the results of the first call.
-        return jax.device_put((ds.init_cache(self.config, size, self.max_length), rows), self._replicated)
+        slots = -(-self.max_length // PAGE) * PAGE  # whole pages, which decoding reads in place
+        return jax.device_put((ds.init_cache(self.config, size, slots), rows), self._replicated)
 
     def _mask(self, rows: Iterable[int]) -> np.ndarray:
         mask_B = np.zeros(self.max_batch, bool)

@@ -177,9 +177,9 @@ def look(stack, i, x_BTD, attend, config):
     k_BSHN = ops.einsum('BSC,CHN->BSHN', latent_BSC, weights['w_uk_CHN'])
     scores_BHTS = ops.einsum_fp32('BTHN,BSHN->BHTS', q_BTHN, k_BSHN)
     scores_BHTS += ops.einsum_fp32('BTHR,BSR->BHTS', q_rope_BTHR, k_rope_BSR)
-    probabilities_BHTS = mla.attention_probabilities(
-        scores_BHTS * config.softmax_scale, attend.mask(scores_BHTS.shape[3])
-    )
+    seen_BTS = jnp.arange(scores_BHTS.shape[3]) <= attend.positions_BT[:, :, None]
+    scores_BHTS = jnp.where(seen_BTS[:, None], scores_BHTS * config.softmax_scale, -jnp.inf)
+    probabilities_BHTS = jax.nn.softmax(scores_BHTS, axis=-1)
     return probabilities_BHTS, block.block(layer, x_BTD, attend, None, config)[0]
 
 

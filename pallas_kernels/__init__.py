@@ -5,6 +5,8 @@ which runs on every backend and says where it rounds. An implementation is chose
 by name and cannot serve its input raises, it never falls back.
 """
 
+from pallas_kernels.decode_mla.api import LatentPages, decode_mla, quantize_latents
+from pallas_kernels.decode_mla.schedule import PAGE
 from pallas_kernels.expert_ffn_bf16.api import expert_ffn_bf16
 from pallas_kernels.expert_ffn_fp8.api import ExpertWeights, expert_ffn_fp8, quantize_experts
 from pallas_kernels.flash_mla.api import flash_mla
@@ -30,11 +32,14 @@ from pallas_kernels.swiglu_quantize.api import swiglu_quantize, swiglu_quantize_
 
 __all__ = [
     'E5M6',
+    'PAGE',
     'ExpertWeights',
     'Implementation',
+    'LatentPages',
     'Quantized',
     'QuantizedWeight',
     'Routes',
+    'decode_mla',
     'dequantize_e5m6',
     'expert_ffn_bf16',
     'expert_ffn_fp8',
@@ -53,6 +58,7 @@ __all__ = [
     'quantize_columns',
     'quantize_e5m6',
     'quantize_experts',
+    'quantize_latents',
     'quantize_rows',
     'quantize_rows_and_columns',
     'requantize_columns',

@@ -18,6 +18,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 from pallas_kernels.bench import (
     accumulation,
     cases,
+    decode_mla,
     expert_ffn,
     flash_mla,
     gemm_fp8,
@@ -43,6 +44,7 @@ CASES = {
     'swiglu_quantize': swiglu_quantize.cases,
     'expert_ffn': expert_ffn.cases,
     'flash_mla': flash_mla.cases,
+    'decode_mla': decode_mla.cases,
 }
 OPS = [*CASES, 'accumulation']
 
