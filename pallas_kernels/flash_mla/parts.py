@@ -53,6 +53,11 @@ def zeros(*shape: int) -> Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
 
 
+def zero(number: Any) -> Any:
+    """Of a small number, unknown to the compiler: addresses with this term are not kept in registers through a loop."""
+    return lax.shift_right_logical(number, jnp.int32(30))
+
+
 def rows_of(vector: Array, width: int) -> Array:
     """A number a row as a matrix."""
     return lax.broadcast_in_dim(vector, (vector.shape[0], width), [0])
@@ -126,9 +131,20 @@ class Walk(NamedTuple):
         """The block of any step."""
         return jnp.where(step < self.masked_steps, self.block(step, True), self.block(step, False))
 
-    def last(self, count: int, visit: Callable) -> None:
-        """Calls `visit(step)` for the last steps, so many at most."""
-        pl.loop(lax.max(self.steps - count, jnp.int32(0)), self.steps)(visit)
+
+def for_each_tile(blocks: int, tiles: int, visit: Callable) -> Any:
+    """Calls `visit(block, used)` for the tiles of this block of the grid; `used` counts steps and is what it returns.
+
+    Each takes `tiles` blocks of rows, a long one and a short one by turns, so that all have about as much to do; those with
+    the longest first tiles come first.
+    """
+    groups, group = pl.cdiv(blocks, tiles), lax.axis_index('block')
+
+    def number(tile: Any) -> Any:
+        return tile * groups + jnp.where(lax.rem(tile, jnp.int32(2)) == 0, group, groups - 1 - group)
+
+    count = tiles - (number(jnp.int32(tiles - 1)) >= blocks).astype(jnp.int32)
+    return lax.fori_loop(0, count, lambda tile, used: visit(number(tile), used), jnp.int32(0))
 
 
 def store(x: Array, staging_smem: Any, target_gmem: Any) -> None:
@@ -136,6 +152,16 @@ def store(x: Array, staging_smem: Any, target_gmem: Any) -> None:
     staging_smem[...] = x.astype(staging_smem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staging_smem, target_gmem)
+
+
+def release(empty: Any, stages: int) -> None:
+    """A math warpgroup lets all slots be filled for the first time."""
+    pl.loop(0, stages)(lambda slot: plgpu.barrier_arrive(empty.at[slot]))
+
+
+def drain(empty: Any, stages: int, used: Any) -> None:
+    """The copying warpgroup waits until all slots have been given back."""
+    pl.loop(0, stages)(lambda step: plgpu.barrier_wait(empty.at[lax.rem(used + step, jnp.int32(stages))]))
 
 
 def tile(*shape: int, dtype: DTypeLike = jnp.bfloat16) -> Any:

@@ -49,12 +49,13 @@ def query_gradients(
         q_smem, q_rope_smem, k_smem, k_rope_smem, v_smem, d_out_smem, lse_smem, delta_smem, *scratch = scratch
         q_full, k_full, v_full, k_empty, v_empty, *sight_scratch = scratch
         batch, head, warpgroup = (lax.axis_index(name) for name in ('batch', 'head', 'warpgroup'))
-        block = blocks - 1 - lax.axis_index('block')
-        if sight is None:
+
+        def walk_of(block: Any) -> parts.Walk:
+            if sight is not None:
+                return parts.Walk(*(sights[3][batch, block, number] for number in range(4)))
             end = lax.min(lax.div((block + 1) * ROWS + keys - 1, jnp.int32(keys)), jnp.int32(pl.cdiv(S, keys)))
-            walk = parts.Walk(jnp.int32(0), jnp.int32(0), lax.div(block * ROWS, jnp.int32(keys)), end)
-        else:
-            walk = parts.Walk(*(sights[3][batch, block, number] for number in range(4)))
+            return parts.Walk(jnp.int32(0), jnp.int32(0), lax.div(block * ROWS, jnp.int32(keys)), end)
+
         slot_of = lambda step: lax.rem(step, jnp.int32(stages))  # noqa: E731
         part_of = lambda ref, rows, width: ref.at[batch, rows, pl.ds(head * width, width)]  # noqa: E731
 
@@ -63,78 +64,93 @@ def query_gradients(
         def _() -> None:
             plgpu.set_max_registers(parts.REGISTERS[0], action='decrease')
 
-            @pl.loop(0, walk.steps)
-            def _(step: Any) -> None:
-                slot, rows, later = slot_of(step), pl.ds(walk.block_of(step) * keys, keys), step >= stages
-                pl.when(later)(lambda: plgpu.barrier_wait(k_empty.at[slot]))
-                copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=k_full.at[slot])
-                copy(part_of(k_gmem, rows, PART), k_smem.at[slot])
-                copy(k_rope_gmem.at[batch, rows], k_rope_smem.at[slot])
-                if sight is not None:
-                    copy(sights[2].at[batch, rows], sight_scratch[2].at[slot])
-                pl.when(later)(lambda: plgpu.barrier_wait(v_empty.at[slot]))
-                plgpu.copy_gmem_to_smem(part_of(v_gmem, rows, VALUE), v_smem.at[slot], v_full.at[slot])
+            def copy_tile(number: Any, used: Any) -> Any:
+                walk = walk_of(blocks - 1 - number)
 
-            def drain(step: Any) -> None:
-                plgpu.barrier_wait(k_empty.at[slot_of(step)])
-                plgpu.barrier_wait(v_empty.at[slot_of(step)])
+                @pl.loop(0, walk.steps)
+                def _(step: Any) -> None:
+                    slot, rows = slot_of(used + step), pl.ds(walk.block_of(step) * keys, keys)
+                    plgpu.barrier_wait(k_empty.at[slot])
+                    copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=k_full.at[slot])
+                    copy(part_of(k_gmem, rows, PART), k_smem.at[slot])
+                    copy(k_rope_gmem.at[batch, rows], k_rope_smem.at[slot])
+                    if sight is not None:
+                        copy(sights[2].at[batch, rows], sight_scratch[2].at[slot])
+                    plgpu.barrier_wait(v_empty.at[slot])
+                    plgpu.copy_gmem_to_smem(part_of(v_gmem, rows, VALUE), v_smem.at[slot], v_full.at[slot])
 
-            walk.last(stages, drain)
+                return used + walk.steps
+
+            used = parts.for_each_tile(blocks, config.tiles, copy_tile)
+            parts.drain(k_empty, stages, used)
+            parts.drain(v_empty, stages, used)
 
         @pl.when(warpgroup < WARPGROUPS)
         @jax.named_scope('differentiate')
         def _() -> None:
             plgpu.set_max_registers(parts.REGISTERS[1], action='increase')
-            first = block * ROWS + warpgroup * WG_ROWS
-            rows, shape = pl.ds(first, WG_ROWS), (WG_ROWS, keys)
-            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=q_full.at[warpgroup])
-            copy(part_of(q_gmem, rows, PART), q_smem.at[warpgroup])
-            copy(part_of(q_rope_gmem, rows, ROPE), q_rope_smem.at[warpgroup])
-            copy(part_of(d_out_gmem, rows, VALUE), d_out_smem.at[warpgroup])
-            copy(lse_gmem.at[batch, head, rows], lse_smem.at[warpgroup])
-            copy(delta_gmem.at[batch, head, rows], delta_smem.at[warpgroup])
-            if sight is not None:
-                for source, target in zip(sights[:2], sight_scratch[:2], strict=True):
-                    copy(source.at[batch, rows], target.at[warpgroup])
-            plgpu.barrier_wait(q_full.at[warpgroup])
-            of_row = lambda ref: plgpu.load(ref.at[warpgroup], layout=WGMMA.reduce(1))  # noqa: E731
-            lse, delta = of_row(lse_smem) * LOG2_E, of_row(delta_smem)
-            of_queries = [of_row(ref) for ref in sight_scratch[:2]]
+            parts.release(k_empty, stages)
+            parts.release(v_empty, stages)
 
-            def add(step: Any, key_block: Any, carry: tuple, masked: bool) -> tuple:
-                d_q, d_q_rope = carry
-                slot = slot_of(step)
-                plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_wait(v_full.at[slot])
+            def differentiate_tile(number: Any, used: Any) -> Any:
+                block = blocks - 1 - number
+                walk = walk_of(block)
+                first = block * ROWS + warpgroup * WG_ROWS
+                rows, shape = pl.ds(first, WG_ROWS), (WG_ROWS, keys)
+                copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=q_full.at[warpgroup])
+                copy(part_of(q_gmem, rows, PART), q_smem.at[warpgroup])
+                copy(part_of(q_rope_gmem, rows, ROPE), q_rope_smem.at[warpgroup])
+                copy(part_of(d_out_gmem, rows, VALUE), d_out_smem.at[warpgroup])
+                copy(lse_gmem.at[batch, head, rows], lse_smem.at[warpgroup])
+                copy(delta_gmem.at[batch, head, rows], delta_smem.at[warpgroup])
+                if sight is not None:
+                    for source, target in zip(sights[:2], sight_scratch[:2], strict=True):
+                        copy(source.at[batch, rows], target.at[warpgroup])
+                plgpu.barrier_wait(q_full.at[warpgroup])
+                of_row = lambda ref: plgpu.load(ref.at[warpgroup], layout=WGMMA.reduce(1))  # noqa: E731
+                lse, delta = of_row(lse_smem) * LOG2_E, of_row(delta_smem)
+                of_queries = [of_row(ref) for ref in sight_scratch[:2]]
 
-                def weigh(scores_ref: Any, d_p_ref: Any) -> Array:
-                    """`ds`; the exponentials are computed while `dp` is multiplied."""
-                    plgpu.wgmma(scores_ref, q_smem.at[warpgroup], k_smem.at[slot].T)
-                    plgpu.wgmma(scores_ref, q_rope_smem.at[warpgroup], k_rope_smem.at[slot].T)
-                    plgpu.wgmma(d_p_ref, d_out_smem.at[warpgroup], v_smem.at[slot].T)
-                    scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                    p = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(lse, keys))
-                    if masked:
-                        reads = None if sight is None else plgpu.load(sight_scratch[2].at[slot], layout=WGMMA.reduce(0))
-                        p = jnp.where(parts.seen(shape, first, key_block * keys, of_queries, reads), p, 0.0)
-                    d_p = plgpu.wgmma_accumulator_load(d_p_ref, wait_n=0)
-                    return (p * (d_p - parts.rows_of(delta, keys))).astype(k_smem.dtype)
+                def add(step: Any, key_block: Any, carry: tuple, masked: bool) -> tuple:
+                    d_q, d_q_rope = carry
+                    slot = slot_of(used + step)
+                    plgpu.barrier_wait(k_full.at[slot])
+                    plgpu.barrier_wait(v_full.at[slot])
 
-                d_s = pl.run_scoped(weigh, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * 2)
-                plgpu.barrier_arrive(v_empty.at[slot])
-                d_q = parts.accumulate(d_q, d_s, k_smem.at[slot], interpret)
-                d_q_rope = parts.accumulate(d_q_rope, d_s, k_rope_smem.at[slot], interpret)
-                if masked and sight is not None:
-                    plgpu.commit_smem()  # between reading segments and the next copy to their place
-                plgpu.barrier_arrive(k_empty.at[slot])
-                return d_q, d_q_rope
+                    def weigh(scores_ref: Any, d_p_ref: Any) -> Array:
+                        """`ds`; the exponentials are computed while `dp` is multiplied."""
+                        mine = warpgroup + parts.zero(step)
+                        plgpu.wgmma(scores_ref, q_smem.at[mine], k_smem.at[slot].T)
+                        plgpu.wgmma(scores_ref, q_rope_smem.at[mine], k_rope_smem.at[slot].T)
+                        plgpu.wgmma(d_p_ref, d_out_smem.at[mine], v_smem.at[slot].T)
+                        scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+                        p = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(lse, keys))
+                        if masked:
+                            reads = (
+                                None if sight is None else plgpu.load(sight_scratch[2].at[slot], layout=WGMMA.reduce(0))
+                            )
+                            p = jnp.where(parts.seen(shape, first, key_block * keys, of_queries, reads), p, 0.0)
+                        d_p = plgpu.wgmma_accumulator_load(d_p_ref, wait_n=0)
+                        return (p * (d_p - parts.rows_of(delta, keys))).astype(k_smem.dtype)
 
-            carry = parts.zeros(WG_ROWS, PART), parts.zeros(WG_ROWS, ROPE)
-            d_q, d_q_rope = walk.run(add, carry)
-            # Where the queries were.
-            parts.store(d_q * scale, q_smem.at[warpgroup], part_of(d_q_gmem, rows, PART))
-            parts.store(d_q_rope * scale, q_rope_smem.at[warpgroup], part_of(d_q_rope_gmem, rows, ROPE))
-            plgpu.wait_smem_to_gmem(0)
+                    d_s = pl.run_scoped(weigh, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * 2)
+                    plgpu.barrier_arrive(v_empty.at[slot])
+                    d_q = parts.accumulate(d_q, d_s, k_smem.at[slot], interpret)
+                    d_q_rope = parts.accumulate(d_q_rope, d_s, k_rope_smem.at[slot], interpret)
+                    if masked and sight is not None:
+                        plgpu.commit_smem()  # between reading segments and the next copy to their place
+                    plgpu.barrier_arrive(k_empty.at[slot])
+                    return d_q, d_q_rope
+
+                carry = parts.zeros(WG_ROWS, PART), parts.zeros(WG_ROWS, ROPE)
+                d_q, d_q_rope = walk.run(add, carry)
+                # Where the queries were.
+                parts.store(d_q * scale, q_smem.at[warpgroup], part_of(d_q_gmem, rows, PART))
+                parts.store(d_q_rope * scale, q_rope_smem.at[warpgroup], part_of(d_q_rope_gmem, rows, ROPE))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                return used + walk.steps
+
+            parts.for_each_tile(blocks, config.tiles, differentiate_tile)
 
     tile, ints, floats, dtype = parts.tile, parts.ints, parts.floats, jnp.bfloat16
     extra = 0 if sight is None else 1
@@ -157,7 +173,7 @@ def query_gradients(
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             *([] if sight is None else [ints(WARPGROUPS, WG_ROWS), ints(WARPGROUPS, WG_ROWS), ints(stages, keys)]),
         ],
-        grid=(B, H, blocks),
+        grid=(B, H, pl.cdiv(blocks, config.tiles)),
         grid_names=('batch', 'head', 'block'),
         num_threads=WARPGROUPS + 1,
         thread_name='warpgroup',
