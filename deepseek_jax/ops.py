@@ -161,16 +161,15 @@ def attention(
     positions_BT: Int[Array, 'B T'] | None,
     segments_BT: Int[Array, 'B T'] | None,
 ) -> Float[Array, 'B T H U']:
-    """`softmax(scale * (q k + q_rope k_rope)) v` over the keys up to each query's position, in its segment.
+    """`softmax(scale * (q k + q_rope k_rope)) v` over the keys up to each query's position, or in its segment.
 
     Without positions, query t sees the keys up to t. Scores are never kept for the backward pass, nor held for more than a
     block of queries.
     """
     if not q_BTHN.size:
         return jnp.zeros((*q_BTHN.shape[:3], v_BSHU.shape[3]), v_BSHU.dtype)
-    segments = None if segments_BT is None else (segments_BT, segments_BT)
     inputs = q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU
-    return pallas_kernels.flash_mla(*inputs, scale=scale, segments=segments, positions_BT=positions_BT)[0]
+    return pallas_kernels.flash_mla(*inputs, scale=scale, segments_BT=segments_BT, positions_BT=positions_BT)[0]
 
 
 def latent_attention(

@@ -12,7 +12,7 @@ from pallas_kernels.bench.cases import Case
 from pallas_kernels.bench.timing import JaxWork, TorchWork
 from pallas_kernels.flash_mla import api, sm90, tuned
 from pallas_kernels.flash_mla.reference import Inputs
-from pallas_kernels.flash_mla.sight import Sight, causal, key_ranges
+from pallas_kernels.flash_mla.sight import Sight, causal, key_ranges, of_documents
 from pallas_kernels.implementation import Implementation
 
 N, R, U = 128, 64, 128
@@ -37,8 +37,7 @@ def plain(name: str, T: int, H: int) -> Case:
 
 def packed(name: str, T: int, H: int) -> Case:
     """Documents of random lengths in one row, against one document: `blocks` of `of` are not skipped."""
-    segments = documents(T, DOCUMENTS)
-    sight = causal(1, T)._replace(q_segments_BT=segments, k_segments_BS=segments)
+    sight = of_documents(documents(T, DOCUMENTS))
     blocks = {'blocks': _blocks(sight), 'of': _blocks(causal(1, T))}
     one = lambda sets: peers.PeerWork(JaxWork(functools.partial(_run, name, None, 'pallas'), sets), None)  # noqa: E731
     return _case(f'{name}, {DOCUMENTS} documents', name, T, H, sight, blocks, 'the same of one document', one)
@@ -51,13 +50,13 @@ def documents(T: int, count: int) -> jax.Array:
 
 
 def _blocks(sight: Sight) -> int:
-    ranges = key_ranges(sight, sm90.QUERIES, tuned.FORWARD.keys)
+    ranges = key_ranges(sight, sm90.QUERIES, tuned.FORWARD.keys, sight.last_BT.shape[1])
     return int(jnp.sum(ranges[..., 3] - ranges[..., 0]))
 
 
 def _case(label, name, T, H, sight, blocks, peer_name, peer) -> Case:
     seen = sight or causal(1, T)
-    pairs = int(jnp.sum(_visible(seen)))
+    pairs = int(jnp.sum(seen.last_BT - seen.first_BT + 1))
     return Case(
         op='flash_mla',
         name=label,
@@ -69,11 +68,6 @@ def _case(label, name, T, H, sight, blocks, peer_name, peer) -> Case:
         peer_name=peer_name,
         peer=peer,
     )
-
-
-def _visible(sight: Sight) -> jax.Array:
-    keys = jnp.arange(sight.k_segments_BS.shape[1]) <= sight.positions_BT[..., None]
-    return keys & (sight.q_segments_BT[..., None] == sight.k_segments_BS[:, None])
 
 
 def _inputs(name: str, T: int, H: int, key: jax.Array) -> tuple:

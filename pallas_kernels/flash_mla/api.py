@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.flash_mla import reference, sm90
 from pallas_kernels.flash_mla.reference import Inputs
-from pallas_kernels.flash_mla.sight import Sight, causal
+from pallas_kernels.flash_mla.sight import Sight, of_documents, of_positions
 from pallas_kernels.implementation import Implementation, choose
 
 SAVED = 'flash_mla'  # name of both results for policies of `jax.checkpoint`: a pass that keeps them need not run again
@@ -31,7 +31,7 @@ def flash_mla(
     v_BSHU: Float[Array, 'B S H U'],
     *,
     scale: float,
-    segments: tuple[Int[Array, 'B T'], Int[Array, 'B S']] | None = None,
+    segments_BT: Int[Array, 'B T'] | None = None,
     positions_BT: Int[Array, 'B T'] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'B T H U'], Float32[Array, 'B H T']]:
@@ -42,13 +42,15 @@ def flash_mla(
     Args:
       q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU: float32 or bfloat16, all of one type, none empty.
       scale: of the scores.
-      segments: documents of queries and keys; a query sees keys of its own document only. None: one document.
-      positions_BT: a query sees the keys up to this one, itself included: those of a cached prefix, say. None: its own
-        number, for T = S.
+      segments_BT: numbers of documents, for T = S; a query sees keys of its own document only. A document is a run of
+        equal numbers. None: one document.
+      positions_BT: a query sees the keys up to this one, itself included: those of a cached prefix, say; one before the
+        first key sees none. None: its own number, for T = S.
       implementation: None takes the Hopper kernels on a Hopper GPU and the reference elsewhere.
 
     Raises:
-      ValueError: types differ or are no floats, or queries and keys differ in number and there are no positions.
+      ValueError: types differ or are no floats, queries and keys differ in number and there are no positions, or there are
+        positions and segments.
       NotImplementedError: 'pallas' was asked for and the inputs are not bfloat16 of widths N = 128, R = 64, U = 128, or
         there is no Hopper GPU.
     """
@@ -60,16 +62,16 @@ def flash_mla(
         )
     if 0 in q_BTHN.shape or 0 in v_BSHU.shape:
         raise ValueError(f'flash_mla: queries {q_BTHN.shape} and values {v_BSHU.shape} must not be empty')
-    (B, T), S = q_BTHN.shape[:2], k_BSHN.shape[1]
+    T, S = q_BTHN.shape[1], k_BSHN.shape[1]
     if positions_BT is None and T != S:
         raise ValueError(f'flash_mla: {T} queries of {S} keys need positions')
     sight = None
-    if positions_BT is not None or segments is not None:
-        if positions_BT is None:
-            positions_BT = causal(B, T).positions_BT
-        if segments is None:
-            segments = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
-        sight = Sight(positions_BT, *segments)
+    if segments_BT is not None:
+        if positions_BT is not None:
+            raise ValueError('flash_mla: segments and positions exclude each other')
+        sight = of_documents(segments_BT)
+    elif positions_BT is not None:
+        sight = of_positions(positions_BT, S)
     return _attend(scale, choose('flash_mla', implementation, lambda: sm90.refusal(x)), x, sight)
 
 

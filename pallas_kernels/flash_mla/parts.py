@@ -12,7 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pallas_kernels.flash_mla.sight import Sight
 from pallas_kernels.tiles import swizzled
 
 WGMMA = plgpu.Layout.WGMMA
@@ -53,11 +52,6 @@ def zeros(*shape: int) -> Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
 
 
-def zero(number: Any) -> Any:
-    """Of a small number, unknown to the compiler: addresses with this term are not kept in registers through a loop."""
-    return lax.shift_right_logical(number, jnp.int32(30))
-
-
 def rows_of(vector: Array, width: int) -> Array:
     """A number a row as a matrix."""
     return lax.broadcast_in_dim(vector, (vector.shape[0], width), [0])
@@ -73,25 +67,17 @@ def index(shape: tuple[int, int], dimension: int, start: Any) -> Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA) + start
 
 
-def seen(
-    shape: tuple[int, int],
-    row: Any,
-    column: Any,
-    of_queries: Sequence[Array],
-    of_keys: Any,
-    keys_are_rows: bool = False,
-) -> Array:
+def seen(shape: tuple[int, int], row: Any, column: Any, bounds: Sequence[Array], keys_are_rows: bool = False) -> Array:
     """Which scores of a tile count, by its first row and column: queries as rows, or the keys.
 
-    Without numbers of the queries, those before a key do not see it; else these are their positions and segments.
+    `bounds` are the first and the last key that each query sees; without them, queries before a key do not see it.
     """
     starts, key_axis = (row, column), 0 if keys_are_rows else 1
     key = index(shape, key_axis, starts[key_axis])
-    if of_keys is None:
+    if not bounds:
         return key <= index(shape, 1 - key_axis, starts[1 - key_axis])
-    spread = (lambda x: rows_of(x, shape[1])), (lambda x: columns_of(x, shape[0]))
-    positions, segments = (spread[1 - key_axis](x) for x in of_queries)
-    return (key <= positions) & (spread[key_axis](of_keys) == segments)
+    first, last = (columns_of(x, shape[0]) if keys_are_rows else rows_of(x, shape[1]) for x in bounds)
+    return (first <= key) & (key <= last)
 
 
 class Walk(NamedTuple):
@@ -131,20 +117,9 @@ class Walk(NamedTuple):
         """The block of any step."""
         return jnp.where(step < self.masked_steps, self.block(step, True), self.block(step, False))
 
-
-def for_each_tile(blocks: int, tiles: int, visit: Callable) -> Any:
-    """Calls `visit(block, used)` for the tiles of this block of the grid; `used` counts steps and is what it returns.
-
-    Each takes `tiles` blocks of rows, a long one and a short one by turns, so that all have about as much to do; those with
-    the longest first tiles come first.
-    """
-    groups, group = pl.cdiv(blocks, tiles), lax.axis_index('block')
-
-    def number(tile: Any) -> Any:
-        return tile * groups + jnp.where(lax.rem(tile, jnp.int32(2)) == 0, group, groups - 1 - group)
-
-    count = tiles - (number(jnp.int32(tiles - 1)) >= blocks).astype(jnp.int32)
-    return lax.fori_loop(0, count, lambda tile, used: visit(number(tile), used), jnp.int32(0))
+    def last(self, count: int, visit: Callable) -> None:
+        """Calls `visit(step)` for the last steps, so many at most."""
+        pl.loop(lax.max(self.steps - count, jnp.int32(0)), self.steps)(visit)
 
 
 def store(x: Array, staging_smem: Any, target_gmem: Any) -> None:
@@ -152,16 +127,6 @@ def store(x: Array, staging_smem: Any, target_gmem: Any) -> None:
     staging_smem[...] = x.astype(staging_smem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staging_smem, target_gmem)
-
-
-def release(empty: Any, stages: int) -> None:
-    """A math warpgroup lets all slots be filled for the first time."""
-    pl.loop(0, stages)(lambda slot: plgpu.barrier_arrive(empty.at[slot]))
-
-
-def drain(empty: Any, stages: int, used: Any) -> None:
-    """The copying warpgroup waits until all slots have been given back."""
-    pl.loop(0, stages)(lambda step: plgpu.barrier_wait(empty.at[lax.rem(used + step, jnp.int32(stages))]))
 
 
 def tile(*shape: int, dtype: DTypeLike = jnp.bfloat16) -> Any:
@@ -180,11 +145,6 @@ def floats(*shape: int) -> Any:
 def flat(*arrays: Array) -> list[Array]:
     """Arrays of rank three, heads and their widths joined: copies reach no further than five dimensions, two of a tile."""
     return [x.reshape(*x.shape[:2], -1) for x in arrays]
-
-
-def positions(sight: Sight) -> Array:
-    """The last key that each query may see."""
-    return jnp.minimum(sight.positions_BT, sight.k_segments_BS.shape[1] - 1)
 
 
 def split(items: Sequence, *sizes: int) -> list[Sequence]:

@@ -42,13 +42,13 @@ def forward(x: Inputs, sight: Sight | None, scale: float) -> tuple[Float[Array, 
 
     def attend(block: tuple) -> tuple[Array, Array]:
         q_BTHN, q_rope_BTHR, *seen = block
-        scores_BHTS, visible_BHTS = _scores(x._replace(q_BTHN=q_BTHN, q_rope_BTHR=q_rope_BTHR), sight, seen, scale)
+        scores_BHTS, visible_BHTS = _scores(x._replace(q_BTHN=q_BTHN, q_rope_BTHR=q_rope_BTHR), seen, scale)
         lse_BHT = jax.nn.logsumexp(scores_BHTS, axis=-1, where=visible_BHTS)
         p_BHTS = _probabilities(scores_BHTS, visible_BHTS, lse_BHT)
         out_BTHU = _einsum('BHTS,BSHU->BTHU', rounded(p_BHTS, x.v_BSHU.dtype), x.v_BSHU)
         return rounded(out_BTHU, x.v_BSHU.dtype), lse_BHT.swapaxes(1, 2)
 
-    blocks = _cut((x.q_BTHN, x.q_rope_BTHR, sight.positions_BT, sight.q_segments_BT))
+    blocks = _cut((x.q_BTHN, x.q_rope_BTHR, *sight))
     out_BTHU, lse_BTH = _join(jax.lax.map(attend, blocks), x.q_BTHN.shape[1])
     return out_BTHU, lse_BTH.swapaxes(1, 2)
 
@@ -62,7 +62,7 @@ def backward(
 
     def add(sums: tuple, block: tuple) -> tuple[tuple, tuple]:
         q_BTHN, q_rope_BTHR, lse_BTH, d_out_BTHU, delta_BTH, *seen = block
-        scores_BHTS, visible_BHTS = _scores(x._replace(q_BTHN=q_BTHN, q_rope_BTHR=q_rope_BTHR), sight, seen, scale)
+        scores_BHTS, visible_BHTS = _scores(x._replace(q_BTHN=q_BTHN, q_rope_BTHR=q_rope_BTHR), seen, scale)
         p_BHTS = _probabilities(scores_BHTS, visible_BHTS, lse_BTH.swapaxes(1, 2))
         d_p_BHTS = _einsum('BTHU,BSHU->BHTS', d_out_BTHU, x.v_BSHU)
         d_s_BHTS = rounded(p_BHTS * (d_p_BHTS - delta_BTH.swapaxes(1, 2)[..., None]), q_BTHN.dtype)
@@ -77,21 +77,19 @@ def backward(
     keys = x.k_BSHN, x.k_rope_BSR, x.v_BSHU
     sums = tuple(jnp.zeros(key.shape, jnp.float32) for key in keys)
     # Padding queries see nothing: their terms are zeros.
-    blocks = _cut((x.q_BTHN, x.q_rope_BTHR, lse_BHT.swapaxes(1, 2), d_out_BTHU, delta_BTH, *sight[:2]))
+    blocks = _cut((x.q_BTHN, x.q_rope_BTHR, lse_BHT.swapaxes(1, 2), d_out_BTHU, delta_BTH, *sight))
     sums, d_q = jax.lax.scan(add, sums, blocks)
     d_q_BTHN, d_q_rope_BTHR = _join(d_q, x.q_BTHN.shape[1])
     return Inputs(d_q_BTHN, d_q_rope_BTHR, *(rounded(total, key.dtype) for total, key in zip(sums, keys, strict=True)))
 
 
-def _scores(
-    x: Inputs, sight: Sight, seen: list, scale: float
-) -> tuple[Float32[Array, 'B H T S'], Bool[Array, 'B 1 T S']]:
+def _scores(x: Inputs, seen: list, scale: float) -> tuple[Float32[Array, 'B H T S'], Bool[Array, 'B 1 T S']]:
     """Scores of a block of queries, and which of them count."""
-    positions_BT, segments_BT = seen
+    first_BT, last_BT = seen
     scores_BHTS = _einsum('BTHN,BSHN->BHTS', x.q_BTHN, x.k_BSHN)
     scores_BHTS += _einsum('BTHR,BSR->BHTS', x.q_rope_BTHR, x.k_rope_BSR)
-    visible_BTS = jnp.arange(x.k_BSHN.shape[1]) <= positions_BT[..., None]
-    visible_BTS &= segments_BT[..., None] == sight.k_segments_BS[:, None]
+    keys_S = jnp.arange(x.k_BSHN.shape[1])
+    visible_BTS = (first_BT[..., None] <= keys_S) & (keys_S <= last_BT[..., None])
     return scale * scores_BHTS, visible_BTS[:, None]
 
 
@@ -101,7 +99,7 @@ def _probabilities(scores_BHTS: Array, visible_BHTS: Array, lse_BHT: Array) -> A
 
 
 def _cut(arrays: tuple) -> tuple:
-    """Blocks of queries along a new first axis. What fills up the last one stands before all keys and sees none."""
+    """Blocks of queries along a new first axis. What fills up the last one sees no key: its last one is -1."""
     T = arrays[0].shape[1]
     size = min(BLOCK, T)
 

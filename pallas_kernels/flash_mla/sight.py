@@ -1,18 +1,17 @@
 """Which keys a query sees, and what that means for blocks of queries and keys.
 
-A query sees the keys of its segment up to its position. Of a block of queries and a block of keys one of three holds:
-no query sees a key, and the block is skipped; every query sees every key, and nothing is masked; or the scores are
-masked one by one. `key_ranges` and `query_ranges` tell where these blocks lie:
+A query sees the keys from a first one to a last one: those of its document up to its own, say, or those of a cached prefix.
+Of a block of queries and a block of keys one of three holds: no query sees a key, and the block is skipped; every query
+sees every key, and nothing is masked; or the scores are masked one by one. `key_ranges` and `query_ranges` tell where
+these blocks lie:
 
     keys of one block of queries:   | skipped | masked | all seen | masked | skipped |
                                     0       begin  full_begin  full_end   end
-
-Blocks are compared by the smallest and the largest number of their segments. That is exact where each document's tokens
-are neighbours and numbers rise, as in packed batches; otherwise some blocks are masked that could have been skipped.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Int32
 
@@ -20,49 +19,58 @@ from pallas_kernels.fp8 import round_up
 
 
 class Sight(NamedTuple):
-    """Which keys a query sees: those of its segment, up to its position."""
+    """The first and the last key that each query sees; none if the last one comes before the first.
 
-    positions_BT: Int[Array, 'B T']
-    q_segments_BT: Int[Array, 'B T']
-    k_segments_BS: Int[Array, 'B S']
+    Neither is negative but for a last one of -1, and the last one is below the number of keys.
+    """
+
+    first_BT: Int32[Array, 'B T']
+    last_BT: Int32[Array, 'B T']
 
 
 def causal(batch: int, length: int) -> Sight:
     """One document a row: query t sees the keys up to t."""
-    positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    return Sight(positions_BT, *[jnp.zeros((batch, length), jnp.int32)] * 2)
+    last_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    return Sight(jnp.zeros_like(last_BT), last_BT)
 
 
-def key_ranges(sight: Sight, rows: int, keys: int) -> Int32[Array, 'B i 4']:
+def of_documents(segments_BT: Int[Array, 'B T']) -> Sight:
+    """Query t sees the keys up to t of its document, which is a run of equal numbers."""
+    sight = causal(*segments_BT.shape)
+    begins_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
+    return sight._replace(first_BT=jax.lax.cummax(jnp.where(begins_BT, sight.last_BT, 0), axis=1))
+
+
+def of_positions(positions_BT: Int[Array, 'B T'], keys: int) -> Sight:
+    """A query sees the keys up to a position, of so many."""
+    last_BT = jnp.clip(positions_BT, -1, keys - 1).astype(jnp.int32)
+    return Sight(jnp.zeros_like(last_BT), last_BT)
+
+
+def key_ranges(sight: Sight, rows: int, keys: int, total: int) -> Int32[Array, 'B i 4']:
     """For each block of `rows` queries four numbers of blocks of `keys` keys: begin, full_begin, full_end, end."""
-    return _ranges(*_pairs(sight, rows, keys))
+    return _ranges(*_pairs(sight, rows, keys, total))
 
 
-def query_ranges(sight: Sight, rows: int, keys: int) -> Int32[Array, 'B j 4']:
-    """For each block of `keys` keys four numbers of blocks of `rows` queries: begin, full_begin, full_end, end."""
-    seen_Bij, full_Bij = _pairs(sight, rows, keys)
+def query_ranges(sight: Sight, rows: int, keys: int, total: int) -> Int32[Array, 'B j 4']:
+    """For each block of `keys` of `total` keys four numbers of blocks of `rows` queries, in the same order."""
+    seen_Bij, full_Bij = _pairs(sight, rows, keys, total)
     return _ranges(seen_Bij.swapaxes(1, 2), full_Bij.swapaxes(1, 2))
 
 
-def padded(x_BT: Int[Array, 'B T'], size: int) -> Int32[Array, 'B _']:
+def padded(x_BT: Int32[Array, 'B T'], size: int) -> Int32[Array, 'B _']:
     """Filled up to a multiple of `size` with copies of the last one."""
-    return jnp.pad(x_BT.astype(jnp.int32), ((0, 0), (0, round_up(x_BT.shape[1], size) - x_BT.shape[1])), mode='edge')
+    return jnp.pad(x_BT, ((0, 0), (0, round_up(x_BT.shape[1], size) - x_BT.shape[1])), mode='edge')
 
 
-def _pairs(sight: Sight, rows: int, keys: int) -> tuple[Bool[Array, 'B i j'], Bool[Array, 'B i j']]:
+def _pairs(sight: Sight, rows: int, keys: int, total: int) -> tuple[Bool[Array, 'B i j'], Bool[Array, 'B i j']]:
     """For each pair of blocks whether some query may see some key, and whether every query sees every key."""
-    B, S = sight.k_segments_BS.shape
-    cut = lambda x, size: padded(x, size).reshape(B, -1, size)  # noqa: E731
-    positions_Bir, q_Bir = (cut(x, rows) for x in sight[:2])
-    k_Bjk = cut(sight.k_segments_BS, keys)
-    least, most = (lambda x: x.min(-1)), (lambda x: x.max(-1))
-    q_low, q_high = least(q_Bir)[:, :, None], most(q_Bir)[:, :, None]
-    k_low, k_high = least(k_Bjk)[:, None], most(k_Bjk)[:, None]
-    first_j = keys * jnp.arange(k_Bjk.shape[1])
-    seen = (first_j <= most(positions_Bir)[:, :, None]) & (k_low <= q_high) & (q_low <= k_high)
-    last_j = first_j + keys - 1
-    full = (last_j <= least(positions_Bir)[:, :, None]) & (last_j < S)
-    return seen, full & (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    first_Bir, last_Bir = (padded(x, rows).reshape(len(x), -1, rows) for x in sight)
+    start_j = keys * jnp.arange(-(-total // keys), dtype=jnp.int32)
+    end_j = start_j + keys - 1
+    seen_Bij = (start_j <= last_Bir.max(-1)[..., None]) & (first_Bir.min(-1)[..., None] <= end_j)
+    full_Bij = (first_Bir.max(-1)[..., None] <= start_j) & (end_j <= last_Bir.min(-1)[..., None])
+    return seen_Bij, full_Bij
 
 
 def _ranges(seen_BXY: Bool[Array, 'B X Y'], full_BXY: Bool[Array, 'B X Y']) -> Int32[Array, 'B X 4']:

@@ -44,18 +44,17 @@ def query_gradients(
     blocks = pl.cdiv(T, ROWS)
 
     def body(*refs: Any) -> None:
-        inputs, sights, (d_q_gmem, d_q_rope_gmem), scratch = parts.split(refs, 8, 0 if sight is None else 4, 2)
+        inputs, sights, (d_q_gmem, d_q_rope_gmem), scratch = parts.split(refs, 8, 0 if sight is None else 3, 2)
         q_gmem, q_rope_gmem, k_gmem, k_rope_gmem, v_gmem, lse_gmem, delta_gmem, d_out_gmem = inputs
         q_smem, q_rope_smem, k_smem, k_rope_smem, v_smem, d_out_smem, lse_smem, delta_smem, *scratch = scratch
         q_full, k_full, v_full, k_empty, v_empty, *sight_scratch = scratch
         batch, head, warpgroup = (lax.axis_index(name) for name in ('batch', 'head', 'warpgroup'))
-
-        def walk_of(block: Any) -> parts.Walk:
-            if sight is not None:
-                return parts.Walk(*(sights[3][batch, block, number] for number in range(4)))
+        block = blocks - 1 - lax.axis_index('block')
+        if sight is None:
             end = lax.min(lax.div((block + 1) * ROWS + keys - 1, jnp.int32(keys)), jnp.int32(pl.cdiv(S, keys)))
-            return parts.Walk(jnp.int32(0), jnp.int32(0), lax.div(block * ROWS, jnp.int32(keys)), end)
-
+            walk = parts.Walk(jnp.int32(0), jnp.int32(0), lax.div(block * ROWS, jnp.int32(keys)), end)
+        else:
+            walk = parts.Walk(*(sights[2][batch, block, number] for number in range(4)))
         slot_of = lambda step: lax.rem(step, jnp.int32(stages))  # noqa: E731
         part_of = lambda ref, rows, width: ref.at[batch, rows, pl.ds(head * width, width)]  # noqa: E731
 
@@ -64,96 +63,75 @@ def query_gradients(
         def _() -> None:
             plgpu.set_max_registers(parts.REGISTERS[0], action='decrease')
 
-            def copy_tile(number: Any, used: Any) -> Any:
-                walk = walk_of(blocks - 1 - number)
+            @pl.loop(0, walk.steps)
+            def _(step: Any) -> None:
+                slot, rows, later = slot_of(step), pl.ds(walk.block_of(step) * keys, keys), step >= stages
+                pl.when(later)(lambda: plgpu.barrier_wait(k_empty.at[slot]))
+                copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=k_full.at[slot])
+                copy(part_of(k_gmem, rows, PART), k_smem.at[slot])
+                copy(k_rope_gmem.at[batch, rows], k_rope_smem.at[slot])
+                pl.when(later)(lambda: plgpu.barrier_wait(v_empty.at[slot]))
+                plgpu.copy_gmem_to_smem(part_of(v_gmem, rows, VALUE), v_smem.at[slot], v_full.at[slot])
 
-                @pl.loop(0, walk.steps)
-                def _(step: Any) -> None:
-                    slot, rows = slot_of(used + step), pl.ds(walk.block_of(step) * keys, keys)
-                    plgpu.barrier_wait(k_empty.at[slot])
-                    copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=k_full.at[slot])
-                    copy(part_of(k_gmem, rows, PART), k_smem.at[slot])
-                    copy(k_rope_gmem.at[batch, rows], k_rope_smem.at[slot])
-                    if sight is not None:
-                        copy(sights[2].at[batch, rows], sight_scratch[2].at[slot])
-                    plgpu.barrier_wait(v_empty.at[slot])
-                    plgpu.copy_gmem_to_smem(part_of(v_gmem, rows, VALUE), v_smem.at[slot], v_full.at[slot])
+            def drain(step: Any) -> None:
+                plgpu.barrier_wait(k_empty.at[slot_of(step)])
+                plgpu.barrier_wait(v_empty.at[slot_of(step)])
 
-                return used + walk.steps
-
-            used = parts.for_each_tile(blocks, config.tiles, copy_tile)
-            parts.drain(k_empty, stages, used)
-            parts.drain(v_empty, stages, used)
+            walk.last(stages, drain)
 
         @pl.when(warpgroup < WARPGROUPS)
         @jax.named_scope('differentiate')
         def _() -> None:
             plgpu.set_max_registers(parts.REGISTERS[1], action='increase')
-            parts.release(k_empty, stages)
-            parts.release(v_empty, stages)
+            first = block * ROWS + warpgroup * WG_ROWS
+            rows, shape = pl.ds(first, WG_ROWS), (WG_ROWS, keys)
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=q_full.at[warpgroup])
+            copy(part_of(q_gmem, rows, PART), q_smem.at[warpgroup])
+            copy(part_of(q_rope_gmem, rows, ROPE), q_rope_smem.at[warpgroup])
+            copy(part_of(d_out_gmem, rows, VALUE), d_out_smem.at[warpgroup])
+            copy(lse_gmem.at[batch, head, rows], lse_smem.at[warpgroup])
+            copy(delta_gmem.at[batch, head, rows], delta_smem.at[warpgroup])
+            if sight is not None:
+                for source, target in zip(sights[:2], sight_scratch, strict=True):
+                    copy(source.at[batch, rows], target.at[warpgroup])
+            plgpu.barrier_wait(q_full.at[warpgroup])
+            of_row = lambda ref: plgpu.load(ref.at[warpgroup], layout=WGMMA.reduce(1))  # noqa: E731
+            lse, delta = of_row(lse_smem) * LOG2_E, of_row(delta_smem)
+            bounds = [of_row(ref) for ref in sight_scratch]
 
-            def differentiate_tile(number: Any, used: Any) -> Any:
-                block = blocks - 1 - number
-                walk = walk_of(block)
-                first = block * ROWS + warpgroup * WG_ROWS
-                rows, shape = pl.ds(first, WG_ROWS), (WG_ROWS, keys)
-                copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=q_full.at[warpgroup])
-                copy(part_of(q_gmem, rows, PART), q_smem.at[warpgroup])
-                copy(part_of(q_rope_gmem, rows, ROPE), q_rope_smem.at[warpgroup])
-                copy(part_of(d_out_gmem, rows, VALUE), d_out_smem.at[warpgroup])
-                copy(lse_gmem.at[batch, head, rows], lse_smem.at[warpgroup])
-                copy(delta_gmem.at[batch, head, rows], delta_smem.at[warpgroup])
-                if sight is not None:
-                    for source, target in zip(sights[:2], sight_scratch[:2], strict=True):
-                        copy(source.at[batch, rows], target.at[warpgroup])
-                plgpu.barrier_wait(q_full.at[warpgroup])
-                of_row = lambda ref: plgpu.load(ref.at[warpgroup], layout=WGMMA.reduce(1))  # noqa: E731
-                lse, delta = of_row(lse_smem) * LOG2_E, of_row(delta_smem)
-                of_queries = [of_row(ref) for ref in sight_scratch[:2]]
+            def add(step: Any, key_block: Any, carry: tuple, masked: bool) -> tuple:
+                d_q, d_q_rope = carry
+                slot = slot_of(step)
+                plgpu.barrier_wait(k_full.at[slot])
+                plgpu.barrier_wait(v_full.at[slot])
 
-                def add(step: Any, key_block: Any, carry: tuple, masked: bool) -> tuple:
-                    d_q, d_q_rope = carry
-                    slot = slot_of(used + step)
-                    plgpu.barrier_wait(k_full.at[slot])
-                    plgpu.barrier_wait(v_full.at[slot])
+                def weigh(scores_ref: Any, d_p_ref: Any) -> Array:
+                    """`ds`; the exponentials are computed while `dp` is multiplied."""
+                    plgpu.wgmma(scores_ref, q_smem.at[warpgroup], k_smem.at[slot].T)
+                    plgpu.wgmma(scores_ref, q_rope_smem.at[warpgroup], k_rope_smem.at[slot].T)
+                    plgpu.wgmma(d_p_ref, d_out_smem.at[warpgroup], v_smem.at[slot].T)
+                    scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+                    p = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(lse, keys))
+                    if masked:
+                        p = jnp.where(parts.seen(shape, first, key_block * keys, bounds), p, 0.0)
+                    d_p = plgpu.wgmma_accumulator_load(d_p_ref, wait_n=0)
+                    return (p * (d_p - parts.rows_of(delta, keys))).astype(k_smem.dtype)
 
-                    def weigh(scores_ref: Any, d_p_ref: Any) -> Array:
-                        """`ds`; the exponentials are computed while `dp` is multiplied."""
-                        mine = warpgroup + parts.zero(step)
-                        plgpu.wgmma(scores_ref, q_smem.at[mine], k_smem.at[slot].T)
-                        plgpu.wgmma(scores_ref, q_rope_smem.at[mine], k_rope_smem.at[slot].T)
-                        plgpu.wgmma(d_p_ref, d_out_smem.at[mine], v_smem.at[slot].T)
-                        scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                        p = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(lse, keys))
-                        if masked:
-                            reads = (
-                                None if sight is None else plgpu.load(sight_scratch[2].at[slot], layout=WGMMA.reduce(0))
-                            )
-                            p = jnp.where(parts.seen(shape, first, key_block * keys, of_queries, reads), p, 0.0)
-                        d_p = plgpu.wgmma_accumulator_load(d_p_ref, wait_n=0)
-                        return (p * (d_p - parts.rows_of(delta, keys))).astype(k_smem.dtype)
+                d_s = pl.run_scoped(weigh, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * 2)
+                plgpu.barrier_arrive(v_empty.at[slot])
+                d_q = parts.accumulate(d_q, d_s, k_smem.at[slot], interpret)
+                d_q_rope = parts.accumulate(d_q_rope, d_s, k_rope_smem.at[slot], interpret)
+                plgpu.barrier_arrive(k_empty.at[slot])
+                return d_q, d_q_rope
 
-                    d_s = pl.run_scoped(weigh, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * 2)
-                    plgpu.barrier_arrive(v_empty.at[slot])
-                    d_q = parts.accumulate(d_q, d_s, k_smem.at[slot], interpret)
-                    d_q_rope = parts.accumulate(d_q_rope, d_s, k_rope_smem.at[slot], interpret)
-                    if masked and sight is not None:
-                        plgpu.commit_smem()  # between reading segments and the next copy to their place
-                    plgpu.barrier_arrive(k_empty.at[slot])
-                    return d_q, d_q_rope
-
-                carry = parts.zeros(WG_ROWS, PART), parts.zeros(WG_ROWS, ROPE)
-                d_q, d_q_rope = walk.run(add, carry)
-                # Where the queries were.
-                parts.store(d_q * scale, q_smem.at[warpgroup], part_of(d_q_gmem, rows, PART))
-                parts.store(d_q_rope * scale, q_rope_smem.at[warpgroup], part_of(d_q_rope_gmem, rows, ROPE))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                return used + walk.steps
-
-            parts.for_each_tile(blocks, config.tiles, differentiate_tile)
+            carry = parts.zeros(WG_ROWS, PART), parts.zeros(WG_ROWS, ROPE)
+            d_q, d_q_rope = walk.run(add, carry)
+            # Where the queries were.
+            parts.store(d_q * scale, q_smem.at[warpgroup], part_of(d_q_gmem, rows, PART))
+            parts.store(d_q_rope * scale, q_rope_smem.at[warpgroup], part_of(d_q_rope_gmem, rows, ROPE))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tile, ints, floats, dtype = parts.tile, parts.ints, parts.floats, jnp.bfloat16
-    extra = 0 if sight is None else 1
     kernel = plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct((B, T, H * width), dtype) for width in (PART, ROPE)),
@@ -166,14 +144,14 @@ def query_gradients(
             tile(WARPGROUPS, WG_ROWS, VALUE),
             floats(WARPGROUPS, WG_ROWS),
             floats(WARPGROUPS, WG_ROWS),
-            plgpu.Barrier(num_arrivals=5 + 2 * extra, num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_arrivals=2 + extra, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=5 if sight is None else 7, num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-            *([] if sight is None else [ints(WARPGROUPS, WG_ROWS), ints(WARPGROUPS, WG_ROWS), ints(stages, keys)]),
+            *([] if sight is None else [ints(WARPGROUPS, WG_ROWS)] * 2),
         ],
-        grid=(B, H, pl.cdiv(blocks, config.tiles)),
+        grid=(B, H, blocks),
         grid_names=('batch', 'head', 'block'),
         num_threads=WARPGROUPS + 1,
         thread_name='warpgroup',
@@ -183,7 +161,6 @@ def query_gradients(
     )
     operands = [*parts.flat(*x), lse_BHt, delta_BHt, *parts.flat(d_out_BTHU)]
     if sight is not None:
-        operands += [padded(parts.positions(sight), ROWS), padded(sight.q_segments_BT, ROWS)]
-        operands += [padded(sight.k_segments_BS, keys), key_ranges(sight, ROWS, keys)]
+        operands += [*(padded(x, ROWS) for x in sight), key_ranges(sight, ROWS, keys, S)]
     d_q, d_q_rope = kernel(*operands)
     return d_q.reshape(B, T, H, PART), d_q_rope.reshape(B, T, H, ROPE)

@@ -44,18 +44,17 @@ def attend(
     blocks = padded_T // ROWS
 
     def body(*refs: Any) -> None:
-        inputs, sights, (out_gmem, lse_gmem), scratch = parts.split(refs, 5, 0 if sight is None else 4, 2)
+        inputs, sights, (out_gmem, lse_gmem), scratch = parts.split(refs, 5, 0 if sight is None else 3, 2)
         q_gmem, q_rope_gmem, k_gmem, k_rope_gmem, v_gmem = inputs
         q_smem, q_rope_smem, k_smem, k_rope_smem, v_smem, lse_smem, *scratch = scratch
         q_full, k_full, v_full, k_empty, v_empty, turn, *sight_scratch = scratch
         batch, head, warpgroup = (lax.axis_index(name) for name in ('batch', 'head', 'warpgroup'))
-
-        def walk_of(block: Any) -> parts.Walk:
-            if sight is not None:
-                return parts.Walk(*(sights[3][batch, block, number] for number in range(4)))
+        block = blocks - 1 - lax.axis_index('block')
+        if sight is None:
             end = lax.min(lax.div((block + 1) * ROWS + keys - 1, jnp.int32(keys)), jnp.int32(pl.cdiv(S, keys)))
-            return parts.Walk(jnp.int32(0), jnp.int32(0), lax.div(block * ROWS, jnp.int32(keys)), end)
-
+            walk = parts.Walk(jnp.int32(0), jnp.int32(0), lax.div(block * ROWS, jnp.int32(keys)), end)
+        else:
+            walk = parts.Walk(*(sights[2][batch, block, number] for number in range(4)))
         slot_of = lambda step: lax.rem(step, jnp.int32(stages))  # noqa: E731
         part_of = lambda ref, rows, width: ref.at[batch, rows, pl.ds(head * width, width)]  # noqa: E731
 
@@ -64,102 +63,81 @@ def attend(
         def _() -> None:
             plgpu.set_max_registers(parts.REGISTERS[0], action='decrease')
 
-            def copy_tile(number: Any, used: Any) -> Any:
-                walk = walk_of(blocks - 1 - number)
+            @pl.loop(0, walk.steps)
+            def _(step: Any) -> None:
+                slot, rows, later = slot_of(step), pl.ds(walk.block_of(step) * keys, keys), step >= stages
+                pl.when(later)(lambda: plgpu.barrier_wait(k_empty.at[slot]))
+                copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=k_full.at[slot])
+                copy(part_of(k_gmem, rows, PART), k_smem.at[slot])
+                copy(k_rope_gmem.at[batch, rows], k_rope_smem.at[slot])
+                pl.when(later)(lambda: plgpu.barrier_wait(v_empty.at[slot]))
+                plgpu.copy_gmem_to_smem(part_of(v_gmem, rows, VALUE), v_smem.at[slot], v_full.at[slot])
 
-                @pl.loop(0, walk.steps)
-                def _(step: Any) -> None:
-                    slot, rows = slot_of(used + step), pl.ds(walk.block_of(step) * keys, keys)
-                    plgpu.barrier_wait(k_empty.at[slot])
-                    copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=k_full.at[slot])
-                    copy(part_of(k_gmem, rows, PART), k_smem.at[slot])
-                    copy(k_rope_gmem.at[batch, rows], k_rope_smem.at[slot])
-                    if sight is not None:
-                        copy(sights[2].at[batch, rows], sight_scratch[2].at[slot])
-                    plgpu.barrier_wait(v_empty.at[slot])
-                    plgpu.copy_gmem_to_smem(part_of(v_gmem, rows, VALUE), v_smem.at[slot], v_full.at[slot])
+            def drain(step: Any) -> None:
+                plgpu.barrier_wait(k_empty.at[slot_of(step)])
+                plgpu.barrier_wait(v_empty.at[slot_of(step)])
 
-                return used + walk.steps
-
-            used = parts.for_each_tile(blocks, config.tiles, copy_tile)
-            parts.drain(k_empty, stages, used)
-            parts.drain(v_empty, stages, used)
+            walk.last(stages, drain)
 
         @pl.when(warpgroup < WARPGROUPS)
         @jax.named_scope('attend')
         def _() -> None:
             plgpu.set_max_registers(parts.REGISTERS[1], action='increase')
-            parts.release(k_empty, stages)
-            parts.release(v_empty, stages)
+            first = block * ROWS + warpgroup * WG_ROWS
+            rows, shape = pl.ds(first, WG_ROWS), (WG_ROWS, keys)
 
             def pass_turn() -> None:
                 if config.take_turns:
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(turn)
 
-            def attend_tile(number: Any, used: Any) -> Any:
-                block = blocks - 1 - number
-                walk = walk_of(block)
-                first = block * ROWS + warpgroup * WG_ROWS
-                rows, shape = pl.ds(first, WG_ROWS), (WG_ROWS, keys)
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=q_full.at[warpgroup])
+            copy(part_of(q_gmem, rows, PART), q_smem.at[warpgroup])
+            copy(part_of(q_rope_gmem, rows, ROPE), q_rope_smem.at[warpgroup])
+            if sight is not None:
+                for source, target in zip(sights[:2], sight_scratch, strict=True):
+                    copy(source.at[batch, rows], target.at[warpgroup])
+            plgpu.barrier_wait(q_full.at[warpgroup])
 
-                copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=q_full.at[warpgroup])
-                copy(part_of(q_gmem, rows, PART), q_smem.at[warpgroup])
-                copy(part_of(q_rope_gmem, rows, ROPE), q_rope_smem.at[warpgroup])
-                if sight is not None:
-                    for source, target in zip(sights[:2], sight_scratch[:2], strict=True):
-                        copy(source.at[batch, rows], target.at[warpgroup])
-                plgpu.barrier_wait(q_full.at[warpgroup])
-
-                def add(step: Any, key_block: Any, carry: tuple, masked: bool) -> tuple:
-                    out, largest, total = carry
-                    slot, mine = slot_of(used + step), warpgroup + parts.zero(step)
-                    plgpu.barrier_wait(k_full.at[slot])
-                    scores = parts.product(
-                        (q_smem.at[mine], k_smem.at[slot].T),
-                        (q_rope_smem.at[mine], k_rope_smem.at[slot].T),
-                        between=pass_turn,
-                    )
-                    if masked:
-                        of_queries = [
-                            plgpu.load(ref.at[warpgroup], layout=WGMMA.reduce(1)) for ref in sight_scratch[:2]
-                        ]
-                        of_keys = (
-                            None if sight is None else plgpu.load(sight_scratch[2].at[slot], layout=WGMMA.reduce(0))
-                        )
-                        seen = parts.seen(shape, first, key_block * keys, of_queries, of_keys)
-                        scores = jnp.where(seen, scores, -jnp.inf)
-                        if sight is not None:
-                            plgpu.commit_smem()  # between reading segments and the next copy to their place
-                    plgpu.barrier_arrive(k_empty.at[slot])
-                    new_largest = lax.max(largest, scores.max(axis=1) * (scale * LOG2_E))
-                    shift = new_largest
-                    if masked and sight is not None:  # a row may have seen nothing yet
-                        shift = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
-                    factor = jnp.exp2(largest - shift)
-                    weights = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(shift, keys))
-                    rounded = weights.astype(v_smem.dtype)
-                    total = total * factor + weights.sum(axis=1)
-                    out = out * parts.rows_of(factor, VALUE)
-                    plgpu.barrier_wait(v_full.at[slot])
-                    pass_turn()
-                    out = parts.accumulate(out, rounded, v_smem.at[slot], interpret)
-                    plgpu.barrier_arrive(v_empty.at[slot])
-                    return out, new_largest, total
-
-                start = [jnp.full((WG_ROWS,), value, jnp.float32) for value in (-jnp.inf, 0.0)]
-                carry = parts.zeros(WG_ROWS, VALUE), *(plgpu.layout_cast(x, WGMMA.reduce(1)) for x in start)
-                out, largest, total = walk.run(add, carry)
-                lse_smem[warpgroup] = (largest + jnp.log2(total)) * math.log(2)
-                out = out * parts.rows_of(1 / jnp.where(total == 0, 1.0, total), VALUE)
-                parts.store(out, q_smem.at[warpgroup], part_of(out_gmem, rows, VALUE))  # where the queries were
-                plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_gmem.at[batch, head, rows])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                return used + walk.steps
+            def add(step: Any, key_block: Any, carry: tuple, masked: bool) -> tuple:
+                out, largest, total = carry
+                slot = slot_of(step)
+                plgpu.barrier_wait(k_full.at[slot])
+                scores = parts.product(
+                    (q_smem.at[warpgroup], k_smem.at[slot].T),
+                    (q_rope_smem.at[warpgroup], k_rope_smem.at[slot].T),
+                    between=pass_turn,
+                )
+                if masked:
+                    bounds = [plgpu.load(ref.at[warpgroup], layout=WGMMA.reduce(1)) for ref in sight_scratch]
+                    scores = jnp.where(parts.seen(shape, first, key_block * keys, bounds), scores, -jnp.inf)
+                plgpu.barrier_arrive(k_empty.at[slot])
+                new_largest = lax.max(largest, scores.max(axis=1) * (scale * LOG2_E))
+                shift = new_largest
+                if masked and sight is not None:  # a row may have seen nothing yet
+                    shift = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
+                factor = jnp.exp2(largest - shift)
+                weights = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(shift, keys))
+                rounded = weights.astype(v_smem.dtype)
+                total = total * factor + weights.sum(axis=1)
+                out = out * parts.rows_of(factor, VALUE)
+                plgpu.barrier_wait(v_full.at[slot])
+                pass_turn()
+                out = parts.accumulate(out, rounded, v_smem.at[slot], interpret)
+                plgpu.barrier_arrive(v_empty.at[slot])
+                return out, new_largest, total
 
             pl.when(warpgroup == 1)(pass_turn)
-            parts.for_each_tile(blocks, config.tiles, attend_tile)
+            start = [jnp.full((WG_ROWS,), value, jnp.float32) for value in (-jnp.inf, 0.0)]
+            carry = parts.zeros(WG_ROWS, VALUE), *(plgpu.layout_cast(x, WGMMA.reduce(1)) for x in start)
+            out, largest, total = walk.run(add, carry)
             pl.when(warpgroup == 0)(pass_turn)
+
+            lse_smem[warpgroup] = (largest + jnp.log2(total)) * math.log(2)
+            out = out * parts.rows_of(1 / jnp.where(total == 0, 1.0, total), VALUE)
+            parts.store(out, q_smem.at[warpgroup], part_of(out_gmem, rows, VALUE))  # where the queries were
+            plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_gmem.at[batch, head, rows])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tile, ints, dtype = parts.tile, parts.ints, jnp.bfloat16
     kernel = plgpu.kernel(
@@ -173,14 +151,14 @@ def attend(
             tile(stages, keys, VALUE),
             plgpu.SMEM((WARPGROUPS, WG_ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2 if sight is None else 4, num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_arrivals=2 if sight is None else 3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
-            *([] if sight is None else [ints(WARPGROUPS, WG_ROWS), ints(WARPGROUPS, WG_ROWS), ints(stages, keys)]),
+            *([] if sight is None else [ints(WARPGROUPS, WG_ROWS)] * 2),
         ],
-        grid=(B, H, pl.cdiv(blocks, config.tiles)),
+        grid=(B, H, blocks),
         grid_names=('batch', 'head', 'block'),
         num_threads=WARPGROUPS + 1,
         thread_name='warpgroup',
@@ -190,7 +168,6 @@ def attend(
     )
     operands = parts.flat(*x)
     if sight is not None:
-        operands += [padded(parts.positions(sight), ROWS), padded(sight.q_segments_BT, ROWS)]
-        operands += [padded(sight.k_segments_BS, keys), key_ranges(sight, ROWS, keys)]
+        operands += [*(padded(x, ROWS) for x in sight), key_ranges(sight, ROWS, keys, S)]
     out, lse = kernel(*operands)
     return out.reshape(B, T, H, VALUE), lse

@@ -14,13 +14,11 @@ class ForwardConfig:
     Attributes:
       keys: of one step.
       stages: slots of the ring of keys and values.
-      tiles: of 128 queries that a block of the grid takes one after the other.
       take_turns: one warpgroup multiplies while the other computes exponentials.
     """
 
     keys: int = 128
     stages: int = 2
-    tiles: int = 2
     take_turns: bool = True
 
 
@@ -31,12 +29,10 @@ class QueryConfig:
     Attributes:
       keys: of one step.
       stages: slots of the ring of keys and values.
-      tiles: of 128 queries that a block of the grid takes one after the other.
     """
 
     keys: int = 64
     stages: int = 2
-    tiles: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +42,10 @@ class KeyConfig:
     Attributes:
       queries: of one step.
       stages: slots of the ring of queries.
-      tiles: of 64 keys that a block of the grid takes one after the other.
     """
 
     queries: int = 128
     stages: int = 2
-    tiles: int = 2
 
 
 FORWARD = ForwardConfig()
