@@ -1,6 +1,7 @@
 """Small models and their random parameters, shared by the tests."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -34,10 +35,19 @@ def changed(config: ds.ModelConfig = TINY, mla=None, moe=None, **fields) -> ds.M
     return dataclasses.replace(config, **fields)
 
 
+def param_shapes(config: ds.ModelConfig) -> dict:
+    """The shapes of the parameters, traced once for all recipes: how they are computed with changes no shape."""
+    return _param_shapes(changed(config, precision=TINY.precision, remat='none', scan_unroll=1))
+
+
+@functools.cache
+def _param_shapes(config: ds.ModelConfig) -> dict:
+    return jax.eval_shape(lambda key: ds.init(key, config), jax.random.key(0))
+
+
 def random_params(config: ds.ModelConfig, seed: int = 0, std: float = 0.15) -> dict:
     """Parameters drawn by numpy (no compilation), float32, with norm scales and router biases away from 1 and 0."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: ds.init(key, config), jax.random.key(0))
 
     def draw(path, leaf):
         values = rng.standard_normal(leaf.shape)
@@ -47,6 +57,6 @@ def random_params(config: ds.ModelConfig, seed: int = 0, std: float = 0.15) -> d
             values = 0.1 * values
         else:
             values = std * values
-        return jax.numpy.asarray(values, np.float32)
+        return jax.numpy.array(values.astype(np.float32))
 
-    return map_with_names(draw, shapes)
+    return map_with_names(draw, param_shapes(config))

@@ -12,8 +12,8 @@ so that scores are computed once, and while one page is worked on the next one i
 their own: each warpgroup first turns its columns of a page into bfloat16, in a place of which there is one.
 
 A part of a sequence that is all of it is written out. Other parts leave a result and its log-sum-exp, and a second kernel
-adds those up, in the order of the pages. Such a result is the sum of two bfloat16 numbers, which differs from the float32
-one by 2^-17 of it at most: each of them has room in the place of the last page, through which results leave.
+adds those up, in float32 and in the order of the pages. Such a result is bfloat16, as the output is: a sequence that was cut
+is rounded once more than another one.
 """
 
 import dataclasses
@@ -113,12 +113,12 @@ def decode_mla(
     plan = schedule(lengths_B, table_BW.shape[1], blocks)
     body = _Decode(rows, H, T, blocks, cluster, scale * math.log2(math.e), pages.scales_PGC is not None, interpret)
     struct, padded = jax.ShapeDtypeStruct, row_blocks * ROWS  # vectors are written whole
-    out_BML, lse_BM, parts_YML, parts_lse_ZM = plgpu.kernel(
+    out_BML, lse_BM, parts_ZML, parts_lse_ZM = plgpu.kernel(
         body,
         out_type=(
             struct((B, rows, LATENT), jnp.bfloat16),
             struct((B, padded), jnp.float32),
-            struct((4 * blocks, rows, LATENT), jnp.bfloat16),
+            struct((2 * blocks, rows, LATENT), jnp.bfloat16),
             struct((2 * blocks, padded), jnp.float32),
         ),
         scratch_types=body.scratch(),
@@ -138,7 +138,7 @@ def decode_mla(
         q_rope_BTHR.reshape(B, rows, ROPE),
         *(x for x in pages if x is not None),
     )
-    out_BML, lse_BM = _combine(plan, parts_YML, parts_lse_ZM, out_BML, lse_BM, combine, interpret)
+    out_BML, lse_BM = _combine(plan, parts_ZML, parts_lse_ZM, out_BML, lse_BM, combine, interpret)
     return out_BML.reshape(q_BTHL.shape), lse_BM[:, :rows].reshape(B, T, H).swapaxes(1, 2)
 
 
@@ -165,7 +165,7 @@ class _Gmem(NamedTuple):
     scales: Any
     out: Any
     lse: Any
-    parts: Any  # [2 * part + (0 or 1), row, column]: the two terms of a part's result
+    parts: Any  # [part, row, column]: its result
     parts_lse: Any  # [part, row]: first those of sequences that began in an earlier share, one a block, then the others
 
     @classmethod
@@ -455,14 +455,9 @@ class _Decode:
         vector = pl.ds(self.first_row + _zero(part.stop), ROWS)
         whole = (part.first == 0) & (part.stop == part.pages)
 
-        def leave(target: Any, rest: bool = False) -> None:
-            """Copies the output, or what its rounding left."""
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        def leave(target: Any) -> None:
             for start in range(0, HALF, CHUNK):
-                chunk, x = staged.at[:, pl.ds(start, CHUNK)], out[:, start : start + CHUNK]
-                if rest:
-                    x -= plgpu.load(chunk, layout=WGMMA).astype(jnp.float32)
-                chunk[...] = x.astype(jnp.bfloat16)
+                staged[:, pl.ds(start, CHUNK)] = out[:, start : start + CHUNK].astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staged, target.at[rows, pl.ds(warpgroup * HALF, HALF)])
 
@@ -477,8 +472,7 @@ class _Decode:
         @pl.when(~whole)
         def _() -> None:
             number = lax.axis_index('block') + jnp.where(part.first == 0, self.blocks, 0)
-            leave(gmem.parts.at[2 * number])
-            leave(gmem.parts.at[2 * number + 1], rest=True)
+            leave(gmem.parts.at[number])
 
             @pl.when(warpgroup == 0)
             def _() -> None:
@@ -521,7 +515,7 @@ def _clear(values_smem: Any, tokens: Any) -> None:
 
 def _combine(
     plan: Schedule,
-    parts_YML: Array,
+    parts_ZML: Array,
     parts_lse_ZM: Array,
     out_BML: Array,
     lse_BM: Array,
@@ -562,14 +556,14 @@ def _combine(
             return tuple(add_row(first_row + i, indices, numbers, *carry[i]) for i in range(height))
 
         def add_row(row: Any, indices: list, numbers: list, top: Any, total: Any, sums: Array) -> tuple:
-            terms = [[plgpu.load(parts.at[2 * n + i, row, columns], layout=layout) for i in range(2)] for n in numbers]
+            terms = [plgpu.load(parts.at[n, row, columns], layout=layout) for n in numbers]
             lses = [jnp.where(i < count, parts_lse[n, row], -jnp.inf) for i, n in zip(indices, numbers, strict=True)]
             new_top = functools.reduce(jnp.maximum, lses, top)
             shrink = jnp.exp2(top - new_top)
             total, sums = total * shrink, sums * shrink
-            for x, pair in zip(lses, terms, strict=True):
-                weight, (upper, lower) = jnp.exp2(x - new_top), (term.astype(jnp.float32) for term in pair)
-                total, sums = total + weight, sums + weight * (upper + lower)
+            for x, term in zip(lses, terms, strict=True):
+                weight = jnp.exp2(x - new_top)
+                total, sums = total + weight, sums + weight * term.astype(jnp.float32)
             return new_top, total, sums
 
         @pl.when(count > 1)
@@ -592,5 +586,5 @@ def _combine(
         compiler_params=COMPILER,
         kernel_name='decode_mla_combine',
         interpret=interpret,
-    )(*plan, parts_YML, parts_lse_ZM, *results)
+    )(*plan, parts_ZML, parts_lse_ZM, *results)
     return jax.freeze(results[0]), jax.freeze(results[1])

@@ -9,7 +9,7 @@ import deepseek_jax as ds
 from deepseek_jax import flops, hf, model
 from deepseek_jax.block import block
 from deepseek_jax.norm import rms_norm
-from tests.support import TINY, changed, random_params
+from tests.support import TINY, changed, param_shapes, random_params
 
 V3 = ds.ModelConfig(
     vocab_size=129280,
@@ -34,7 +34,7 @@ CONFIGS = {
         rope=ds.RopeConfig(theta=5000.0, yarn=ds.YarnConfig(scale=8.0, original_length=8)),
     ),
 }
-BATCH, LENGTH = 2, 12
+BATCH, LENGTH, PROMPT, SLOTS = 2, 12, 7, 15
 
 
 @functools.cache
@@ -60,11 +60,10 @@ def positions(start, stop):
 @pytest.mark.parametrize('absorbed', [False, True], ids=['expanded', 'absorbed'])
 def test_prefill_and_decode_equal_training_forward(name, absorbed):
     config, params, tokens_BT, out = example(name)
-    prompt = 7
-    cache = ds.init_cache(config, BATCH, LENGTH + 3)
-    logits, cache = extend_logits(params, tokens_BT[:, :prompt], positions(0, prompt), cache, config, absorbed)
-    np.testing.assert_allclose(logits, out.logits_BTV[:, :prompt], atol=2e-5)
-    for t in range(prompt, LENGTH):
+    cache = ds.init_cache(config, BATCH, SLOTS)
+    logits, cache = extend_logits(params, tokens_BT[:, :PROMPT], positions(0, PROMPT), cache, config, absorbed)
+    np.testing.assert_allclose(logits, out.logits_BTV[:, :PROMPT], atol=2e-5)
+    for t in range(PROMPT, LENGTH):
         logits, cache = extend_logits(
             params, tokens_BT[:, t : t + 1], positions(t, t + 1), cache, config, absorbed
         )  # fmt: skip
@@ -73,8 +72,8 @@ def test_prefill_and_decode_equal_training_forward(name, absorbed):
 
 def test_absorbed_equals_expanded_in_logits_and_cache():
     config, params, tokens_BT, _ = example('query_rank')
-    empty = ds.init_cache(config, BATCH, LENGTH)
-    args = (params, tokens_BT, positions(0, LENGTH), empty, config)
+    empty = ds.init_cache(config, BATCH, SLOTS)
+    args = (params, tokens_BT[:, :PROMPT], positions(0, PROMPT), empty, config)
     expanded, cache_expanded = extend_logits(*args, False)
     absorbed, cache_absorbed = extend_logits(*args, True)
     np.testing.assert_allclose(absorbed, expanded, atol=2e-5)
@@ -83,16 +82,16 @@ def test_absorbed_equals_expanded_in_logits_and_cache():
 
 def test_extend_ignores_right_padding_and_drops_positions_outside_the_cache():
     config, params, tokens_BT, out = example('query_rank')
-    prompt, padded = 5, 8
-    cache = ds.init_cache(config, BATCH, 8)
+    prompt, padded = 4, PROMPT
+    cache = ds.init_cache(config, BATCH, SLOTS)
     garbage = tokens_BT.at[:, prompt:].set(1)
     logits, cache = extend_logits(params, garbage[:, :padded], positions(0, padded), cache, config, False)
     np.testing.assert_allclose(logits[:, :prompt], out.logits_BTV[:, :prompt], atol=2e-5)
     before = cache
-    parked = jnp.full((BATCH, 1), 8)
+    parked = jnp.full((BATCH, 1), SLOTS)
     _, cache = extend_logits(params, tokens_BT[:, :1], parked, cache, config, True)
     jax.tree.map(np.testing.assert_array_equal, cache, before)
-    for t in range(prompt, padded):
+    for t in range(prompt, LENGTH):
         logits, cache = extend_logits(params, tokens_BT[:, t : t + 1], positions(t, t + 1), cache, config, True)
         np.testing.assert_allclose(logits[:, 0], out.logits_BTV[:, t], atol=2e-5)
 
@@ -120,7 +119,7 @@ def test_scan_over_layers_equals_blocks_one_by_one():
 
 def test_packed_documents_with_mask_equal_documents_apart():
     config, params, tokens_BT, _ = example('query_rank')
-    cut = 5
+    cut = LENGTH // 2  # one program for both halves
     segments_BT = jnp.broadcast_to(jnp.where(jnp.arange(LENGTH) < cut, 1, 2), (BATCH, LENGTH))
     packed = ds.forward(params, tokens_BT, config, segments_BT).logits_BTV
     np.testing.assert_allclose(packed[:, :cut], ds.forward(params, tokens_BT[:, :cut], config).logits_BTV, atol=2e-5)
@@ -151,7 +150,9 @@ def gradient(**changes):
     return loss(random_params(config))
 
 
-@pytest.mark.parametrize('changes', [{'remat': 'full'}, {'remat': 'dots'}, {'remat': 'paper'}, {'scan_unroll': 2}], ids=str)
+@pytest.mark.parametrize(
+    'changes', [{'remat': 'full'}, {'remat': 'dots'}, {'remat': 'paper'}, {'scan_unroll': 2}], ids=str
+)
 def test_remat_and_unroll_leave_gradients_alone(changes):
     compare = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
     jax.tree.map(compare, gradient(**changes), gradient())
@@ -168,13 +169,16 @@ def test_bf16_recipe_is_close_to_fp32():
 
 
 def test_mtp_logits_have_one_position_less_a_depth():
-    tokens_BT = example('query_rank')[2]
     config = changed(mtp_depth=2)
-    params = random_params(config)
-    with_mtp = ds.forward(params, tokens_BT, config, mtp=True)
+
+    def shapes(mtp):
+        forward = functools.partial(ds.forward, config=config, mtp=mtp)
+        return jax.eval_shape(forward, param_shapes(config), jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32))
+
+    with_mtp = shapes(True)
     assert [logits.shape[1] for logits in with_mtp.mtp_logits] == [LENGTH - 1, LENGTH - 2]
     assert with_mtp.load_LE.shape[0] == config.num_moe_layers + 2
-    assert ds.forward(params, tokens_BT, config).mtp_logits == ()
+    assert shapes(False).mtp_logits == ()
 
 
 def test_init_draws_what_the_names_say():

@@ -15,7 +15,7 @@ from deepseek_jax.tokenizer import ByteTokenizer
 from infer.engine import Engine
 from infer.request import Request, SamplingParams
 from pallas_kernels.fp8 import BLOCK, E4M3
-from tests.support import changed, random_params
+from tests.support import changed, param_shapes, random_params
 from train.loss import ObjectiveConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import Schedule
@@ -27,7 +27,8 @@ DENSE = dataclasses.replace(
     changed(mla={'kv_rank': 136}, precision=FP8),
     num_layers=2, num_dense_layers=2, moe=None, mtp_depth=0, model_dim=160, dense_ffn_dim=192, vocab_size=264,
 )  # fmt: skip
-FULL = changed(num_layers=2, mtp_depth=0, precision=FP8)
+MOE = changed(num_layers=1, num_dense_layers=0, mtp_depth=0, precision=FP8)
+EVERY_PART = changed(num_layers=2, precision=FP8)
 BATCH, LENGTH = 8, 10
 
 
@@ -42,10 +43,14 @@ def tokens(config):
 
 
 @functools.cache
+def drawn(config):
+    return random_params(config, std=0.08)
+
+
+@functools.cache
 def example(config):
     """Parameters and the logits of `forward`."""
-    params = random_params(config, std=0.08)
-    return params, ds.forward(params, tokens(config), config).logits_BTV
+    return drawn(config), ds.forward(drawn(config), tokens(config), config).logits_BTV
 
 
 def loss(params, tokens_BT, config):
@@ -56,7 +61,7 @@ def loss(params, tokens_BT, config):
 
 @functools.cache
 def gradients(config):
-    return jax.jit(jax.grad(loss), static_argnames='config')(example(config)[0], tokens(config), config=config)
+    return jax.jit(jax.grad(loss), static_argnames='config')(drawn(config), tokens(config), config=config)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'absorbed'))
@@ -103,8 +108,7 @@ def test_linear_weights_and_no_others_are_float8(monkeypatch):
         return tuple(jnp.zeros((x_MK.shape[0], w_KN.shape[1]), x_MK.dtype) for w_KN in weights)
 
     monkeypatch.setattr(ops, 'linears_fp8', spy)
-    config = changed(FULL, mtp_depth=1)
-    params = random_params(config)
+    config, params = EVERY_PART, param_shapes(EVERY_PART)
     ahead_LBT = jnp.zeros((1, BATCH, LENGTH), jnp.int32)
     jax.eval_shape(lambda params: ds.states(params, tokens(config), config, ahead_LBT=ahead_LBT), params)
     D, H, N, R, U, C, Q, F, f = 32, 4, 8, 4, 8, 16, 24, 48, 16
@@ -134,15 +138,15 @@ def test_routed_experts_are_float8(monkeypatch):
     layer = ops.pallas_kernels.expert_ffn_fp8
     spy = lambda x, *rest, **options: called.append(rest) or layer(x, *rest, **options)  # noqa: E731
     monkeypatch.setattr(ops.pallas_kernels, 'expert_ffn_fp8', spy)
-    params = random_params(FULL, std=0.08)
-    logits_BTV = ds.forward(params, tokens(FULL), FULL).logits_BTV
+    params = drawn(MOE)
+    logits_BTV = ds.forward(params, tokens(MOE), MOE).logits_BTV
     assert {(len(weights), quantized) for _, _, weights, quantized in called} == {(3, None)}
     called.clear()
-    rounded = compute_params(params, FULL)
-    np.testing.assert_array_equal(ds.forward(rounded, tokens(FULL), FULL).logits_BTV, logits_BTV)
+    rounded = jax.jit(compute_params, static_argnames='config')(params, config=MOE)
+    np.testing.assert_array_equal(ds.forward(rounded, tokens(MOE), MOE).logits_BTV, logits_BTV)
     assert all(weights is None and isinstance(quantized, ops.ExpertWeights) for _, _, weights, quantized in called)
     called.clear()
-    ds.forward(params, tokens(FULL), changed(FULL, precision=BF16))
+    jax.eval_shape(functools.partial(ds.forward, config=changed(MOE, precision=BF16)), params, tokens(MOE))
     assert not called
 
 
@@ -155,13 +159,14 @@ def test_query_without_rank_shares_one_product(monkeypatch):
     product = ops.linears_fp8
     spy = lambda x, weights, *rest, **options: called.append(len(weights)) or product(x, weights, *rest, **options)  # noqa: E731
     monkeypatch.setattr(ops, 'linears_fp8', spy)
-    config = changed(FULL, mla={'query_rank': None})
-    jax.eval_shape(lambda params: ds.states(params, tokens(config), config), random_params(config))
+    config = changed(MOE, mla={'query_rank': None})
+    jax.eval_shape(lambda params: ds.states(params, tokens(config), config), param_shapes(config))
     assert 4 in called
 
 
-def test_every_parameter_has_a_gradient_and_those_of_float8_weights_are_not_rounded():
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients(FULL)):
+@pytest.mark.parametrize('config', [DENSE, MOE], ids=['dense', 'moe'])
+def test_every_parameter_has_a_gradient_and_those_of_float8_weights_are_not_rounded(config):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients(config)):
         path = names.path_names(path)
         assert leaf.dtype == jnp.float32
         assert np.all(np.isfinite(leaf)), path
@@ -180,16 +185,16 @@ def test_unrolled_scan_and_recomputation_leave_fp8_gradients_alone():
 
 
 def test_eight_devices_equal_one_in_fp8():
-    params = example(FULL)[0]
+    params = drawn(MOE)
     mesh = sharding.make_mesh(data=2, fsdp=2, expert=2)
     shardings = sharding.param_shardings(params, mesh)
     step = jax.jit(jax.grad(loss), static_argnames='config', out_shardings=shardings)
     ours = step(
         jax.device_put(params, shardings),
-        jax.device_put(tokens(FULL), NamedSharding(mesh, sharding.BATCH)),
-        config=FULL,
+        jax.device_put(tokens(MOE), NamedSharding(mesh, sharding.BATCH)),
+        config=MOE,
     )
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(gradients(FULL)), strict=True):
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(gradients(MOE)), strict=True):
         assert not np.any(y) or difference(x, y) < 1e-2
     assert ours['moe_layers']['attention']['w_o_HUD'].sharding.spec == PartitionSpec(None, None, None, 'fsdp')
 
@@ -212,8 +217,7 @@ def test_compute_params_change_no_result_of_fp8():
 
 
 def test_compute_params_leave_wide_what_float8_does_not_compute():
-    config = changed(FULL, mtp_depth=1)
-    params = compute_params(random_params(config), config)
+    params = jax.eval_shape(lambda params: compute_params(params, EVERY_PART), param_shapes(EVERY_PART))
     stands_alone = lambda leaf: isinstance(leaf, (QTensor, ops.ExpertWeights))  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=stands_alone)
     for path, leaf in leaves:
@@ -275,7 +279,7 @@ def test_activations_are_of_the_compute_dtype(recipe, dtype):
 
 def test_engine_generates_in_fp8():
     config = changed(DENSE, num_layers=1, num_dense_layers=1)
-    params = compute_params(random_params(config, std=0.08), config)
+    params = jax.jit(compute_params, static_argnames='config')(random_params(config, std=0.08), config=config)
     engine = Engine(params, config, ByteTokenizer(), max_length=32, max_batch=1)
     request = Request(prompt_ids=(1, 2, 3), params=SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
     assert len([event.token_ids for event in engine.generate([request])]) == 3
@@ -289,17 +293,18 @@ def test_training_in_fp8_learns_as_bf16_does():
     successors = rng.integers(0, 16, (16, 3))
 
     def rows():
-        tokens_BT = np.zeros((16, 33), np.int32)
+        tokens_BT = np.zeros((8, 33), np.int32)
         for t in range(1, 33):
-            tokens_BT[:, t] = successors[tokens_BT[:, t - 1], rng.integers(0, 3, 16)]
-        weights = np.ones((16, 32), np.float32)
+            tokens_BT[:, t] = successors[tokens_BT[:, t - 1], rng.integers(0, 3, 8)]
+        weights = np.ones((8, 32), np.float32)
         return jax.tree.map(jnp.asarray, {'tokens': tokens_BT, 'segments': np.ones_like(tokens_BT), 'weights': weights})
 
     batches = [rows() for _ in range(40)]
+    initial = init_state(jax.random.key(0), config, optimizer)
 
     def losses(recipe):
         model = changed(config, precision=ds.PrecisionConfig(recipe=recipe))
-        state, measured = init_state(jax.random.key(0), model, optimizer), []
+        state, measured = jax.tree.map(jnp.copy, initial), []
         for batch in batches:
             values = Hyperparameters(3e-3, 0.0, 0.0)
             state, metrics = train_step(
