@@ -1,4 +1,5 @@
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -202,3 +203,26 @@ def test_v3_parameter_and_work_counts_are_the_published_ones():
     latent = V3.mla.kv_rank + V3.mla.rope_head_dim
     assert latent * V3.num_layers * 2 / 1024 == pytest.approx(68.6, abs=0.05)
     assert hf.config_from_published(hf.config_to_published(V3)) == V3
+
+
+@pytest.mark.gpu
+def test_gpu_prefill_and_decode_with_kernels_are_the_training_forward():
+    """At widths that the attention kernels serve: tokens in one pass, a prompt by chunks over a cache, then one by one."""
+    bf16 = ds.PrecisionConfig(recipe='bf16')
+    mla = {'num_heads': 16, 'nope_head_dim': 128, 'rope_head_dim': 64, 'value_head_dim': 128, 'kv_rank': 512}
+    config = changed(TINY, mla=mla, precision=bf16, num_layers=2, num_dense_layers=2, moe=None, mtp_depth=0)
+    params = random_params(config)
+    length, cuts = 200, (0, 70, 150)
+    tokens_BT = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (BATCH, length)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # as it would be if the reference served
+        wanted = ds.forward(params, tokens_BT, config).logits_BTV
+        cache, got = ds.init_cache(config, BATCH, 256), []
+        spans = [(cuts[0], cuts[1], False), (cuts[1], cuts[2], False)]
+        spans += [(t, t + 2, True) for t in range(cuts[2], length, 2)]
+        for start, stop, absorbed in spans:
+            new = tokens_BT[:, start:stop], positions(start, stop)
+            logits, cache = extend_logits(params, *new, cache, config, absorbed)
+            got.append(logits)
+    x, y = np.asarray(jnp.concatenate(got, axis=1), np.float64), np.asarray(wanted, np.float64)
+    assert 1 - 2 * np.sum(x * y) / (np.sum(x * x) + np.sum(y * y)) < 1e-3
