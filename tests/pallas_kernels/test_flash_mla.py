@@ -217,7 +217,10 @@ def both_passes(module, x, seen, d_out, d_lse, saved=None, **options):
 
 
 def assert_same_attention(ours, theirs):
-    """Bfloat16 results within a few roundings of the largest, and nearly all of them far nearer; `lse` of float32."""
+    """Bfloat16 results within a few roundings of the largest, and nearly all of them far nearer; `lse` of float32.
+
+    Of few queries, gradients are small differences of products with outputs that may be rounded the other way.
+    """
     for label, got, expected in zip(('out', 'lse', *NAMES), ours, theirs, strict=True):
         assert got.dtype == expected.dtype
         got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
@@ -227,7 +230,7 @@ def assert_same_attention(ours, theirs):
         assert np.all(np.isfinite(got)), label
         assert np.max(np.abs(got - expected)) <= 2**-6 * np.max(np.abs(expected)), label
         norm = np.sum(got * got) + np.sum(expected * expected)
-        assert norm == 0 or 1 - 2 * np.sum(got * expected) / norm < 5e-5, label
+        assert norm == 0 or 1 - 2 * np.sum(got * expected) / norm < 2e-4, label
 
 
 @pytest.mark.parametrize(('kind', 'T', 'S'), [('causal', 150, 150), ('documents', 200, 200), ('prefix', 66, 200)])
