@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_mla.reference import LatentPages
 from pallas_kernels.decode_mla.schedule import OVERHEAD, PAGE, Schedule, schedule, share
+from pallas_kernels.decode_mla.tuned import FEW, MANY, CombineConfig
 from pallas_kernels.fp8 import BLOCK, E4M3
 from pallas_kernels.implementation import hopper_cores
 from pallas_kernels.tiles import swizzled
@@ -48,24 +49,6 @@ REGISTERS = 24, 240  # of a thread of the copying and of the math warpgroups
 # Below all scores, but a number: the difference of two is no NaN.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class CombineConfig:
-    """How the second kernel cuts its work.
-
-    Attributes:
-      rows, columns: of a block, all of one sequence.
-      ahead: parts that are read at a time.
-    """
-
-    rows: int
-    columns: int
-    ahead: int
-
-
-# A sequence in few parts is one of many; one of few may be in as many parts as the GPU has multiprocessors.
-MANY, FEW = CombineConfig(4, LATENT, 2), CombineConfig(1, LATENT // 2, 32)
 
 
 def refusal(q_BTHL: Array, q_rope_BTHR: Array, pages: LatentPages) -> str | None:

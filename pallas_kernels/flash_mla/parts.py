@@ -1,5 +1,6 @@
 """What the attention kernels share: masks of a tile of scores, products, and the loop over blocks."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -122,6 +123,63 @@ class Walk(NamedTuple):
         pl.loop(lax.max(self.steps - count, jnp.int32(0)), self.steps)(visit)
 
 
+def walk_over_keys(ranges: Any, place: tuple, rows: int, keys: int, total: int) -> Walk:
+    """The blocks of `keys` of `total` keys for `rows` queries at `place`: batch and block.
+
+    `ranges` are those of `sight.py` in global memory; without them, queries before a key do not see it.
+    """
+    if ranges is not None:
+        return Walk(*(ranges[*place, number] for number in range(4)))
+    start, zero = place[1] * rows, jnp.int32(0)
+    end = lax.min(lax.div(start + rows + keys - 1, jnp.int32(keys)), jnp.int32(pl.cdiv(total, keys)))
+    return Walk(zero, zero, lax.div(start, jnp.int32(keys)), end)
+
+
+def part(ref: Any, batch: Any, rows: Any, head: Any, width: int) -> Any:
+    """A head's columns of rows."""
+    return ref.at[batch, rows, pl.ds(head * width, width)]
+
+
+class KeyRing(NamedTuple):
+    """Keys and values of a head on their way through slots of shared memory.
+
+    Attributes:
+      k, k_rope, v: in shared memory, (stages, keys, width).
+      k_full, v_full, k_empty, v_empty: barriers of each slot.
+    """
+
+    k: Any
+    k_rope: Any
+    v: Any
+    k_full: Any
+    v_full: Any
+    k_empty: Any
+    v_empty: Any
+
+    def slot(self, step: Any) -> Any:
+        return lax.rem(step, jnp.int32(self.k.shape[0]))
+
+    def copy(self, walk: Walk, gmem: Sequence, batch: Any, head: Any) -> None:
+        """Fills slots from (k, k_rope, v) in the order of the walk, and waits until all have been given back."""
+        (stages, keys, _), (k_gmem, k_rope_gmem, v_gmem) = self.k.shape, gmem
+
+        @pl.loop(0, walk.steps)
+        def _(step: Any) -> None:
+            slot, rows, later = self.slot(step), pl.ds(walk.block_of(step) * keys, keys), step >= stages
+            pl.when(later)(lambda: plgpu.barrier_wait(self.k_empty.at[slot]))
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=self.k_full.at[slot])
+            copy(part(k_gmem, batch, rows, head, PART), self.k.at[slot])
+            copy(k_rope_gmem.at[batch, rows], self.k_rope.at[slot])
+            pl.when(later)(lambda: plgpu.barrier_wait(self.v_empty.at[slot]))
+            plgpu.copy_gmem_to_smem(part(v_gmem, batch, rows, head, VALUE), self.v.at[slot], self.v_full.at[slot])
+
+        def drain(step: Any) -> None:
+            plgpu.barrier_wait(self.k_empty.at[self.slot(step)])
+            plgpu.barrier_wait(self.v_empty.at[self.slot(step)])
+
+        walk.last(stages, drain)
+
+
 def store(x: Array, staging_smem: Any, target_gmem: Any) -> None:
     """Starts the copy of a matrix in registers."""
     staging_smem[...] = x.astype(staging_smem.dtype)
@@ -132,6 +190,13 @@ def store(x: Array, staging_smem: Any, target_gmem: Any) -> None:
 def tile(*shape: int, dtype: DTypeLike = jnp.bfloat16) -> Any:
     """Shared memory of matrices that wgmma reads or copies write."""
     return plgpu.SMEM(shape, dtype, transforms=swizzled(128 // jnp.dtype(dtype).itemsize, dtype))
+
+
+def key_ring(stages: int, keys: int) -> list:
+    """What a `KeyRing` is made of."""
+    slots = [tile(stages, keys, width) for width in (PART, ROPE, VALUE)]
+    empty = [plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2
+    return [*slots, plgpu.Barrier(num_arrivals=2, num_barriers=stages), plgpu.Barrier(num_barriers=stages), *empty]
 
 
 def ints(*shape: int) -> Any:

@@ -66,7 +66,7 @@ def key_gradients(
         else:
             walk = parts.Walk(*(sights[2][batch, block, number] for number in range(4)))
         slot_of = lambda step: lax.rem(step, jnp.int32(stages))  # noqa: E731
-        part_of = lambda ref, rows, width: ref.at[batch, rows, pl.ds(head * width, width)]  # noqa: E731
+        part_of = lambda ref, rows, width: parts.part(ref, batch, rows, head, width)  # noqa: E731
 
         @pl.when(warpgroup == 2)
         @jax.named_scope('copy')

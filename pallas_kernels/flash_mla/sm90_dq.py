@@ -46,38 +46,18 @@ def query_gradients(
     def body(*refs: Any) -> None:
         inputs, sights, (d_q_gmem, d_q_rope_gmem), scratch = parts.split(refs, 8, 0 if sight is None else 3, 2)
         q_gmem, q_rope_gmem, k_gmem, k_rope_gmem, v_gmem, lse_gmem, delta_gmem, d_out_gmem = inputs
-        q_smem, q_rope_smem, k_smem, k_rope_smem, v_smem, d_out_smem, lse_smem, delta_smem, *scratch = scratch
-        q_full, k_full, v_full, k_empty, v_empty, *sight_scratch = scratch
+        q_smem, q_rope_smem, d_out_smem, lse_smem, delta_smem, q_full, *scratch = scratch
+        ring, sight_scratch = parts.KeyRing(*scratch[:7]), scratch[7:]
         batch, head, warpgroup = (lax.axis_index(name) for name in ('batch', 'head', 'warpgroup'))
         block = blocks - 1 - lax.axis_index('block')
-        if sight is None:
-            end = lax.min(lax.div((block + 1) * ROWS + keys - 1, jnp.int32(keys)), jnp.int32(pl.cdiv(S, keys)))
-            walk = parts.Walk(jnp.int32(0), jnp.int32(0), lax.div(block * ROWS, jnp.int32(keys)), end)
-        else:
-            walk = parts.Walk(*(sights[2][batch, block, number] for number in range(4)))
-        slot_of = lambda step: lax.rem(step, jnp.int32(stages))  # noqa: E731
-        part_of = lambda ref, rows, width: ref.at[batch, rows, pl.ds(head * width, width)]  # noqa: E731
+        walk = parts.walk_over_keys(sights[2] if sights else None, (batch, block), ROWS, keys, S)
+        part_of = lambda ref, rows, width: parts.part(ref, batch, rows, head, width)  # noqa: E731
 
         @pl.when(warpgroup == WARPGROUPS)
         @jax.named_scope('copy')
         def _() -> None:
             plgpu.set_max_registers(parts.REGISTERS[0], action='decrease')
-
-            @pl.loop(0, walk.steps)
-            def _(step: Any) -> None:
-                slot, rows, later = slot_of(step), pl.ds(walk.block_of(step) * keys, keys), step >= stages
-                pl.when(later)(lambda: plgpu.barrier_wait(k_empty.at[slot]))
-                copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=k_full.at[slot])
-                copy(part_of(k_gmem, rows, PART), k_smem.at[slot])
-                copy(k_rope_gmem.at[batch, rows], k_rope_smem.at[slot])
-                pl.when(later)(lambda: plgpu.barrier_wait(v_empty.at[slot]))
-                plgpu.copy_gmem_to_smem(part_of(v_gmem, rows, VALUE), v_smem.at[slot], v_full.at[slot])
-
-            def drain(step: Any) -> None:
-                plgpu.barrier_wait(k_empty.at[slot_of(step)])
-                plgpu.barrier_wait(v_empty.at[slot_of(step)])
-
-            walk.last(stages, drain)
+            ring.copy(walk, (k_gmem, k_rope_gmem, v_gmem), batch, head)
 
         @pl.when(warpgroup < WARPGROUPS)
         @jax.named_scope('differentiate')
@@ -101,27 +81,27 @@ def query_gradients(
 
             def add(step: Any, key_block: Any, carry: tuple, masked: bool) -> tuple:
                 d_q, d_q_rope = carry
-                slot = slot_of(step)
-                plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_wait(v_full.at[slot])
+                slot = ring.slot(step)
+                plgpu.barrier_wait(ring.k_full.at[slot])
+                plgpu.barrier_wait(ring.v_full.at[slot])
 
                 def weigh(scores_ref: Any, d_p_ref: Any) -> Array:
                     """`ds`; the exponentials are computed while `dp` is multiplied."""
-                    plgpu.wgmma(scores_ref, q_smem.at[warpgroup], k_smem.at[slot].T)
-                    plgpu.wgmma(scores_ref, q_rope_smem.at[warpgroup], k_rope_smem.at[slot].T)
-                    plgpu.wgmma(d_p_ref, d_out_smem.at[warpgroup], v_smem.at[slot].T)
+                    plgpu.wgmma(scores_ref, q_smem.at[warpgroup], ring.k.at[slot].T)
+                    plgpu.wgmma(scores_ref, q_rope_smem.at[warpgroup], ring.k_rope.at[slot].T)
+                    plgpu.wgmma(d_p_ref, d_out_smem.at[warpgroup], ring.v.at[slot].T)
                     scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
                     p = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(lse, keys))
                     if masked:
                         p = jnp.where(parts.seen(shape, first, key_block * keys, bounds), p, 0.0)
                     d_p = plgpu.wgmma_accumulator_load(d_p_ref, wait_n=0)
-                    return (p * (d_p - parts.rows_of(delta, keys))).astype(k_smem.dtype)
+                    return (p * (d_p - parts.rows_of(delta, keys))).astype(ring.k.dtype)
 
                 d_s = pl.run_scoped(weigh, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * 2)
-                plgpu.barrier_arrive(v_empty.at[slot])
-                d_q = parts.accumulate(d_q, d_s, k_smem.at[slot], interpret)
-                d_q_rope = parts.accumulate(d_q_rope, d_s, k_rope_smem.at[slot], interpret)
-                plgpu.barrier_arrive(k_empty.at[slot])
+                plgpu.barrier_arrive(ring.v_empty.at[slot])
+                d_q = parts.accumulate(d_q, d_s, ring.k.at[slot], interpret)
+                d_q_rope = parts.accumulate(d_q_rope, d_s, ring.k_rope.at[slot], interpret)
+                plgpu.barrier_arrive(ring.k_empty.at[slot])
                 return d_q, d_q_rope
 
             carry = parts.zeros(WG_ROWS, PART), parts.zeros(WG_ROWS, ROPE)
@@ -138,17 +118,11 @@ def query_gradients(
         scratch_types=[
             tile(WARPGROUPS, WG_ROWS, PART),
             tile(WARPGROUPS, WG_ROWS, ROPE),
-            tile(stages, keys, PART),
-            tile(stages, keys, ROPE),
-            tile(stages, keys, VALUE),
             tile(WARPGROUPS, WG_ROWS, VALUE),
             floats(WARPGROUPS, WG_ROWS),
             floats(WARPGROUPS, WG_ROWS),
             plgpu.Barrier(num_arrivals=5 if sight is None else 7, num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+            *parts.key_ring(stages, keys),
             *([] if sight is None else [ints(WARPGROUPS, WG_ROWS)] * 2),
         ],
         grid=(B, H, blocks),

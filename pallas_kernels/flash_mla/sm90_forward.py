@@ -46,38 +46,18 @@ def attend(
     def body(*refs: Any) -> None:
         inputs, sights, (out_gmem, lse_gmem), scratch = parts.split(refs, 5, 0 if sight is None else 3, 2)
         q_gmem, q_rope_gmem, k_gmem, k_rope_gmem, v_gmem = inputs
-        q_smem, q_rope_smem, k_smem, k_rope_smem, v_smem, lse_smem, *scratch = scratch
-        q_full, k_full, v_full, k_empty, v_empty, turn, *sight_scratch = scratch
+        q_smem, q_rope_smem, lse_smem, q_full, turn, *scratch = scratch
+        ring, sight_scratch = parts.KeyRing(*scratch[:7]), scratch[7:]
         batch, head, warpgroup = (lax.axis_index(name) for name in ('batch', 'head', 'warpgroup'))
         block = blocks - 1 - lax.axis_index('block')
-        if sight is None:
-            end = lax.min(lax.div((block + 1) * ROWS + keys - 1, jnp.int32(keys)), jnp.int32(pl.cdiv(S, keys)))
-            walk = parts.Walk(jnp.int32(0), jnp.int32(0), lax.div(block * ROWS, jnp.int32(keys)), end)
-        else:
-            walk = parts.Walk(*(sights[2][batch, block, number] for number in range(4)))
-        slot_of = lambda step: lax.rem(step, jnp.int32(stages))  # noqa: E731
-        part_of = lambda ref, rows, width: ref.at[batch, rows, pl.ds(head * width, width)]  # noqa: E731
+        walk = parts.walk_over_keys(sights[2] if sights else None, (batch, block), ROWS, keys, S)
+        part_of = lambda ref, rows, width: parts.part(ref, batch, rows, head, width)  # noqa: E731
 
         @pl.when(warpgroup == WARPGROUPS)
         @jax.named_scope('copy')
         def _() -> None:
             plgpu.set_max_registers(parts.REGISTERS[0], action='decrease')
-
-            @pl.loop(0, walk.steps)
-            def _(step: Any) -> None:
-                slot, rows, later = slot_of(step), pl.ds(walk.block_of(step) * keys, keys), step >= stages
-                pl.when(later)(lambda: plgpu.barrier_wait(k_empty.at[slot]))
-                copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=k_full.at[slot])
-                copy(part_of(k_gmem, rows, PART), k_smem.at[slot])
-                copy(k_rope_gmem.at[batch, rows], k_rope_smem.at[slot])
-                pl.when(later)(lambda: plgpu.barrier_wait(v_empty.at[slot]))
-                plgpu.copy_gmem_to_smem(part_of(v_gmem, rows, VALUE), v_smem.at[slot], v_full.at[slot])
-
-            def drain(step: Any) -> None:
-                plgpu.barrier_wait(k_empty.at[slot_of(step)])
-                plgpu.barrier_wait(v_empty.at[slot_of(step)])
-
-            walk.last(stages, drain)
+            ring.copy(walk, (k_gmem, k_rope_gmem, v_gmem), batch, head)
 
         @pl.when(warpgroup < WARPGROUPS)
         @jax.named_scope('attend')
@@ -101,30 +81,30 @@ def attend(
 
             def add(step: Any, key_block: Any, carry: tuple, masked: bool) -> tuple:
                 out, largest, total = carry
-                slot = slot_of(step)
-                plgpu.barrier_wait(k_full.at[slot])
+                slot = ring.slot(step)
+                plgpu.barrier_wait(ring.k_full.at[slot])
                 scores = parts.product(
-                    (q_smem.at[warpgroup], k_smem.at[slot].T),
-                    (q_rope_smem.at[warpgroup], k_rope_smem.at[slot].T),
+                    (q_smem.at[warpgroup], ring.k.at[slot].T),
+                    (q_rope_smem.at[warpgroup], ring.k_rope.at[slot].T),
                     between=pass_turn,
                 )
                 if masked:
                     bounds = [plgpu.load(ref.at[warpgroup], layout=WGMMA.reduce(1)) for ref in sight_scratch]
                     scores = jnp.where(parts.seen(shape, first, key_block * keys, bounds), scores, -jnp.inf)
-                plgpu.barrier_arrive(k_empty.at[slot])
+                plgpu.barrier_arrive(ring.k_empty.at[slot])
                 new_largest = lax.max(largest, scores.max(axis=1) * (scale * LOG2_E))
                 shift = new_largest
                 if masked and sight is not None:  # a row may have seen nothing yet
                     shift = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
                 factor = jnp.exp2(largest - shift)
                 weights = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(shift, keys))
-                rounded = weights.astype(v_smem.dtype)
+                rounded = weights.astype(ring.v.dtype)
                 total = total * factor + weights.sum(axis=1)
                 out = out * parts.rows_of(factor, VALUE)
-                plgpu.barrier_wait(v_full.at[slot])
+                plgpu.barrier_wait(ring.v_full.at[slot])
                 pass_turn()
-                out = parts.accumulate(out, rounded, v_smem.at[slot], interpret)
-                plgpu.barrier_arrive(v_empty.at[slot])
+                out = parts.accumulate(out, rounded, ring.v.at[slot], interpret)
+                plgpu.barrier_arrive(ring.v_empty.at[slot])
                 return out, new_largest, total
 
             pl.when(warpgroup == 1)(pass_turn)
@@ -146,16 +126,10 @@ def attend(
         scratch_types=[
             tile(WARPGROUPS, WG_ROWS, PART),
             tile(WARPGROUPS, WG_ROWS, ROPE),
-            tile(stages, keys, PART),
-            tile(stages, keys, ROPE),
-            tile(stages, keys, VALUE),
-            plgpu.SMEM((WARPGROUPS, WG_ROWS), jnp.float32),
+            parts.floats(WARPGROUPS, WG_ROWS),
             plgpu.Barrier(num_arrivals=2 if sight is None else 4, num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
+            *parts.key_ring(stages, keys),
             *([] if sight is None else [ints(WARPGROUPS, WG_ROWS)] * 2),
         ],
         grid=(B, H, blocks),

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decode_mla import sm90
 from pallas_kernels.decode_mla.api import LatentPages, decode_mla, quantize_latents
 from pallas_kernels.decode_mla.schedule import OVERHEAD, schedule, share
+from pallas_kernels.decode_mla.tuned import CombineConfig
 from pallas_kernels.fp8 import E4M3
 from tests.pallas_kernels.hopper import DEVICE, compile_for_h100, needs_hopper_tools
 from tests.pallas_kernels.test_gemm_fp8 import poison
@@ -194,7 +195,7 @@ INTERPRETED = {
 def test_interpreted_kernel_is_the_formula(name, capfd):
     lengths, T, H, fp8, cores, cluster = INTERPRETED[name]
     x = inputs(lengths, T, H, fp8=fp8)
-    combine = sm90.CombineConfig(rows=T * H // 2, columns=256, ahead=2)
+    combine = CombineConfig(rows=T * H // 2, columns=256, ahead=2)
     options = {'cores': cores, 'cluster': cluster, 'combine': combine}
     got = sm90.decode_mla(*x, SCALE, **options, interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert_near(got, expected(*x), fp8)
