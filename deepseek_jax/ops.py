@@ -21,8 +21,9 @@ from pallas_kernels.fp8 import dequantize_blocks, rounded
 from pallas_kernels.implementation import hopper_cores
 
 QUANTIZED = 'quantized'
-KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)  # of all in a rematerialised function
 """The name that float8 experts have in place of those of their masters."""
+KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
+"""Policy of a rematerialised function: of all that it computes, the results of attention are kept."""
 
 
 class QTensor(NamedTuple):
@@ -187,8 +188,8 @@ def latent_attention(
     """
     B, S = latent_BSC.shape[:2]
     fill = [(0, 0), (0, -S % PAGE), (0, 0)]
-    pages = (jnp.pad(x, fill).reshape(-1, PAGE, x.shape[2]) for x in (latent_BSC, k_rope_BSR))
-    table_BW = jnp.arange(B * -(-S // PAGE), dtype=jnp.int32).reshape(B, -1)
+    pages = [jnp.pad(x, fill).reshape(-1, PAGE, x.shape[2]) for x in (latent_BSC, k_rope_BSR)]
+    table_BW = jnp.arange(len(pages[0]), dtype=jnp.int32).reshape(B, -1)
     last_B = positions_BT[:, -1].astype(jnp.int32)
     lengths_B = jnp.where((last_B >= 0) & (last_B < S), last_B + 1, 0)
     cache = pallas_kernels.LatentPages(*pages)

@@ -1,11 +1,17 @@
-"""What the product kernels have in common: how they cut their work, how tiles lie in shared memory, how results leave it."""
+"""What the kernels of products and attention have in common: how they cut their work, how tiles lie in shared memory, how
+results leave it."""
 
 import dataclasses
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+from jaxtyping import Array
+
+# All synchronisation is the kernel's own.
+COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,11 @@ class TileConfig:
     @property
     def cluster(self) -> int:
         return self.cluster_m * self.cluster_n
+
+
+def rows_of(vector: Array, width: int) -> Array:
+    """A number a row as a matrix."""
+    return lax.broadcast_in_dim(vector, (vector.shape[0], width), [0])
 
 
 def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:

@@ -10,7 +10,7 @@ import numpy as np
 from pallas_kernels.bench import peers
 from pallas_kernels.bench.cases import Case
 from pallas_kernels.bench.timing import JaxWork, TorchWork
-from pallas_kernels.flash_mla import api, sm90, tuned
+from pallas_kernels.flash_mla import api, parts, tuned
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, causal, key_ranges, of_documents
 from pallas_kernels.implementation import Implementation
@@ -50,7 +50,7 @@ def documents(T: int, count: int) -> jax.Array:
 
 
 def _blocks(sight: Sight) -> int:
-    ranges = key_ranges(sight, sm90.QUERIES, tuned.FORWARD.keys, sight.last_BT.shape[1])
+    ranges = key_ranges(sight, parts.ROWS, tuned.FORWARD.keys, sight.last_BT.shape[1])
     return int(jnp.sum(ranges[..., 3] - ranges[..., 0]))
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.flash_mla.reference import _einsum, _probabilities
+from pallas_kernels.flash_mla.reference import einsum_fp32, probabilities
 from pallas_kernels.fp8 import Quantized, dequantize_rows, rounded
 from pallas_kernels.quantize_fp8.reference import quantize_rows
 
@@ -55,13 +55,13 @@ def decode_mla(
     def attend(sequence: tuple) -> tuple[Array, Array]:
         q_THL, q_rope_THR, table_W, length = sequence
         latent_SL, rope_SR = _gathered(pages, table_W, length, dtype)
-        scores_HTS = _einsum('THL,SL->HTS', q_THL, latent_SL) + _einsum('THR,SR->HTS', q_rope_THR, rope_SR)
+        scores_HTS = einsum_fp32('THL,SL->HTS', q_THL, latent_SL) + einsum_fp32('THR,SR->HTS', q_rope_THR, rope_SR)
         # The last of the T queries is the last cached token.
         visible_1TS = (jnp.arange(len(latent_SL)) < (length - T + 1 + jnp.arange(T))[:, None])[None]
         scores_HTS *= scale
         lse_HT = jax.nn.logsumexp(scores_HTS, axis=-1, where=visible_1TS)
-        p_HTS = _probabilities(scores_HTS, visible_1TS, lse_HT)
-        return rounded(_einsum('HTS,SL->THL', rounded(p_HTS, dtype), latent_SL), dtype), lse_HT
+        p_HTS = probabilities(scores_HTS, visible_1TS, lse_HT)
+        return rounded(einsum_fp32('HTS,SL->THL', rounded(p_HTS, dtype), latent_SL), dtype), lse_HT
 
     return jax.lax.map(attend, (q_BTHL, q_rope_BTHR, table_BW, lengths_B))
 

@@ -34,7 +34,7 @@ from pallas_kernels.decode_mla.schedule import OVERHEAD, PAGE, Schedule, schedul
 from pallas_kernels.decode_mla.tuned import FEW, MANY, CombineConfig
 from pallas_kernels.fp8 import BLOCK, E4M3
 from pallas_kernels.implementation import hopper_cores
-from pallas_kernels.tiles import swizzled
+from pallas_kernels.tiles import COMPILER, rows_of, swizzled
 
 WGMMA = plgpu.Layout.WGMMA
 WIDENED = plgpu.Layout.WGMMA_UPCAST_2X  # a thread has four neighbouring columns: words of float8
@@ -48,7 +48,6 @@ CHUNK = 64  # columns that ordinary code takes at a time
 REGISTERS = 24, 240  # of a thread of the copying and of the math warpgroups
 # Below all scores, but a number: the difference of two is no NaN.
 LOWEST = float(jnp.finfo(jnp.float32).min)
-COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
 
 def refusal(q_BTHL: Array, q_rope_BTHR: Array, pages: LatentPages) -> str | None:
@@ -346,7 +345,7 @@ class _Decode:
         if self.float8:
             plgpu.barrier_arrive(smem.slot_empty.at[slot])
         new_top, new_total = (plgpu.load(smem.running.at[i], layout=WGMMA.reduce(1)) for i in range(2))
-        out *= _spread(jnp.exp2(top - new_top), HALF)
+        out *= rows_of(jnp.exp2(top - new_top), HALF)
         values = smem.latent.at[self.place(slot, index), warpgroup]
         pl.when((index + 1) * PAGE > part.length)(lambda: _clear(values, part.length - index * PAGE))
         out = self.add_product(out, smem.p, values)
@@ -369,7 +368,7 @@ class _Decode:
             columns = pl.ds(warpgroup * HALF + block * BLOCK, BLOCK)
             narrow = plgpu.load(smem.float8.at[slot, :, columns], layout=WIDENED)
             for start in range(0, BLOCK, CHUNK):
-                wide = narrow[:, start : start + CHUNK].astype(jnp.float32) * _spread(scale, CHUNK)
+                wide = narrow[:, start : start + CHUNK].astype(jnp.float32) * rows_of(scale, CHUNK)
                 target = smem.latent.at[self.place(slot, index), warpgroup, :, pl.ds(block * BLOCK + start, CHUNK)]
                 target[...] = wide.astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -397,7 +396,7 @@ class _Decode:
             scores,
         )
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * self.factor)
-        p = jnp.exp2(scores * self.factor - _spread(new_top, PAGE))
+        p = jnp.exp2(scores * self.factor - rows_of(new_top, PAGE))
         plgpu.barrier_wait(smem.p_empty.at[warpgroup])
         smem.p[...] = p.astype(jnp.bfloat16)
         smem.running[0] = new_top
@@ -412,7 +411,7 @@ class _Decode:
             return jnp.where(token < tokens, scores, -jnp.inf)
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA.reduce(1)) + (self.first_row + zero)
         query = sum(jnp.where(row < first * self.heads, 0, 1) for first in range(1, self.queries))
-        return jnp.where(token < _spread(jnp.minimum(seen_by_all + query, tokens), PAGE), scores, -jnp.inf)
+        return jnp.where(token < rows_of(jnp.minimum(seen_by_all + query, tokens), PAGE), scores, -jnp.inf)
 
     def add_product(self, sums: Array, a_smem: Any, b_smem: Any) -> Array:
         """`sums + a @ b`. Interpreted programs cannot begin with sums: they add them."""
@@ -431,7 +430,7 @@ class _Decode:
     ) -> None:
         """Copies a part's result to global memory, by way of the last page's place, which is free then."""
         some = total > 0
-        out *= _spread(jnp.where(some, 1 / total, 0.0), HALF)
+        out *= rows_of(jnp.where(some, 1 / total, 0.0), HALF)
         lse = jnp.where(some, top + jnp.log2(total), -jnp.inf)
         slot = self.slot(part, part.stop - 1)
         staged, rows = smem.latent.at[self.place(slot, part.stop), warpgroup], pl.ds(self.first_row, ROWS)
@@ -479,11 +478,6 @@ def _zero(number: Any) -> Any:
     term seem to change.
     """
     return lax.shift_right_logical(number, jnp.int32(30))
-
-
-def _spread(vector: Array, width: int) -> Array:
-    """One number a row as a matrix."""
-    return lax.broadcast_in_dim(vector, (vector.shape[0], width), [0])
 
 
 def _clear(values_smem: Any, tokens: Any) -> None:

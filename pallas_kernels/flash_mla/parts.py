@@ -13,16 +13,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pallas_kernels.tiles import swizzled
+from pallas_kernels.tiles import rows_of, swizzled
 
 WGMMA = plgpu.Layout.WGMMA
 WG_ROWS = 64  # of one wgmma
 LOG2_E = math.log2(math.e)
 WARPGROUPS = 2  # that multiply; a third one copies
+ROWS = WARPGROUPS * WG_ROWS  # queries of a block of the grid
 PART, ROPE, VALUE = 128, 64, 128  # widths that the kernels serve
 # Registers a thread of the copying and of the math warpgroups: what is given up must cover what is taken.
 REGISTERS = (24, 240)
-COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
 
 def product(*factors: tuple[Any, Any], between: Callable[[], None] | None = None) -> Array:
@@ -51,11 +51,6 @@ def accumulate(sums: Array, a: Array, b_smem: Any, interpret: Any) -> Array:
 
 def zeros(*shape: int) -> Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
-
-
-def rows_of(vector: Array, width: int) -> Array:
-    """A number a row as a matrix."""
-    return lax.broadcast_in_dim(vector, (vector.shape[0], width), [0])
 
 
 def columns_of(vector: Array, height: int) -> Array:
@@ -107,7 +102,7 @@ class Walk(NamedTuple):
         before = self.full_begin - self.begin
         return jnp.where(step < before, self.begin + step, self.full_end + (step - before))
 
-    def run(self, visit: Callable, carry: Any = None) -> Any:
+    def run(self, visit: Callable, carry: Any) -> Any:
         """Calls `visit(step, block, carry, masked)` for each step; it returns the carry."""
         for masked, steps in ((True, (0, self.masked_steps)), (False, (self.masked_steps, self.steps))):
             one = lambda step, carry, masked=masked: visit(step, self.block(step, masked), carry, masked)  # noqa: E731
@@ -156,6 +151,14 @@ class KeyRing(NamedTuple):
     k_empty: Any
     v_empty: Any
 
+    @classmethod
+    def scratch(cls, stages: int, keys: int) -> 'KeyRing':
+        """The types of the fields."""
+        k, k_rope, v = (tile(stages, keys, width) for width in (PART, ROPE, VALUE))
+        k_full, v_full = (plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages) for arrivals in (2, 1))
+        empty = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+        return cls(k, k_rope, v, k_full, v_full, empty, empty)
+
     def slot(self, step: Any) -> Any:
         return lax.rem(step, jnp.int32(self.k.shape[0]))
 
@@ -190,13 +193,6 @@ def store(x: Array, staging_smem: Any, target_gmem: Any) -> None:
 def tile(*shape: int, dtype: DTypeLike = jnp.bfloat16) -> Any:
     """Shared memory of matrices that wgmma reads or copies write."""
     return plgpu.SMEM(shape, dtype, transforms=swizzled(128 // jnp.dtype(dtype).itemsize, dtype))
-
-
-def key_ring(stages: int, keys: int) -> list:
-    """What a `KeyRing` is made of."""
-    slots = [tile(stages, keys, width) for width in (PART, ROPE, VALUE)]
-    empty = [plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2
-    return [*slots, plgpu.Barrier(num_arrivals=2, num_barriers=stages), plgpu.Barrier(num_barriers=stages), *empty]
 
 
 def ints(*shape: int) -> Any:

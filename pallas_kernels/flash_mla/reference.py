@@ -44,8 +44,8 @@ def forward(x: Inputs, sight: Sight | None, scale: float) -> tuple[Float[Array, 
         q_BTHN, q_rope_BTHR, *seen = block
         scores_BHTS, visible_BHTS = _scores(x._replace(q_BTHN=q_BTHN, q_rope_BTHR=q_rope_BTHR), seen, scale)
         lse_BHT = jax.nn.logsumexp(scores_BHTS, axis=-1, where=visible_BHTS)
-        p_BHTS = _probabilities(scores_BHTS, visible_BHTS, lse_BHT)
-        out_BTHU = _einsum('BHTS,BSHU->BTHU', rounded(p_BHTS, x.v_BSHU.dtype), x.v_BSHU)
+        p_BHTS = probabilities(scores_BHTS, visible_BHTS, lse_BHT)
+        out_BTHU = einsum_fp32('BHTS,BSHU->BTHU', rounded(p_BHTS, x.v_BSHU.dtype), x.v_BSHU)
         return rounded(out_BTHU, x.v_BSHU.dtype), lse_BHT.swapaxes(1, 2)
 
     blocks = _cut((x.q_BTHN, x.q_rope_BTHR, *sight))
@@ -58,20 +58,20 @@ def backward(
 ) -> Inputs:
     """The gradients of the inputs."""
     sight = sight or causal(*x.q_BTHN.shape[:2])
-    delta_BTH = jnp.sum(d_out_BTHU.astype(jnp.float32) * out_BTHU.astype(jnp.float32), -1) - d_lse_BHT.swapaxes(1, 2)
+    delta_BTH = delta(out_BTHU, d_out_BTHU, d_lse_BHT).swapaxes(1, 2)
 
     def add(sums: tuple, block: tuple) -> tuple[tuple, tuple]:
         q_BTHN, q_rope_BTHR, lse_BTH, d_out_BTHU, delta_BTH, *seen = block
         scores_BHTS, visible_BHTS = _scores(x._replace(q_BTHN=q_BTHN, q_rope_BTHR=q_rope_BTHR), seen, scale)
-        p_BHTS = _probabilities(scores_BHTS, visible_BHTS, lse_BTH.swapaxes(1, 2))
-        d_p_BHTS = _einsum('BTHU,BSHU->BHTS', d_out_BTHU, x.v_BSHU)
+        p_BHTS = probabilities(scores_BHTS, visible_BHTS, lse_BTH.swapaxes(1, 2))
+        d_p_BHTS = einsum_fp32('BTHU,BSHU->BHTS', d_out_BTHU, x.v_BSHU)
         d_s_BHTS = rounded(p_BHTS * (d_p_BHTS - delta_BTH.swapaxes(1, 2)[..., None]), q_BTHN.dtype)
         terms = (
-            scale * _einsum('BHTS,BTHN->BSHN', d_s_BHTS, q_BTHN),
-            scale * _einsum('BHTS,BTHR->BSR', d_s_BHTS, q_rope_BTHR),
-            _einsum('BHTS,BTHU->BSHU', rounded(p_BHTS, d_out_BTHU.dtype), d_out_BTHU),
+            scale * einsum_fp32('BHTS,BTHN->BSHN', d_s_BHTS, q_BTHN),
+            scale * einsum_fp32('BHTS,BTHR->BSR', d_s_BHTS, q_rope_BTHR),
+            einsum_fp32('BHTS,BTHU->BSHU', rounded(p_BHTS, d_out_BTHU.dtype), d_out_BTHU),
         )
-        d_q = _einsum('BHTS,BSHN->BTHN', d_s_BHTS, x.k_BSHN), _einsum('BHTS,BSR->BTHR', d_s_BHTS, x.k_rope_BSR)
+        d_q = einsum_fp32('BHTS,BSHN->BTHN', d_s_BHTS, x.k_BSHN), einsum_fp32('BHTS,BSR->BTHR', d_s_BHTS, x.k_rope_BSR)
         return tuple(map(jnp.add, sums, terms)), tuple(rounded(scale * d, q_BTHN.dtype) for d in d_q)
 
     keys = x.k_BSHN, x.k_rope_BSR, x.v_BSHU
@@ -83,17 +83,24 @@ def backward(
     return Inputs(d_q_BTHN, d_q_rope_BTHR, *(rounded(total, key.dtype) for total, key in zip(sums, keys, strict=True)))
 
 
+def delta(out_BTHU: Array, d_out_BTHU: Array, d_lse_BHT: Array) -> Float32[Array, 'B H T']:
+    """What a query's gradients of probabilities are compared with."""
+    dot_BTH = jnp.sum(d_out_BTHU.astype(jnp.float32) * out_BTHU.astype(jnp.float32), -1)
+    return dot_BTH.swapaxes(1, 2) - d_lse_BHT
+
+
 def _scores(x: Inputs, seen: list, scale: float) -> tuple[Float32[Array, 'B H T S'], Bool[Array, 'B 1 T S']]:
     """Scores of a block of queries, and which of them count."""
     first_BT, last_BT = seen
-    scores_BHTS = _einsum('BTHN,BSHN->BHTS', x.q_BTHN, x.k_BSHN)
-    scores_BHTS += _einsum('BTHR,BSR->BHTS', x.q_rope_BTHR, x.k_rope_BSR)
+    scores_BHTS = einsum_fp32('BTHN,BSHN->BHTS', x.q_BTHN, x.k_BSHN)
+    scores_BHTS += einsum_fp32('BTHR,BSR->BHTS', x.q_rope_BTHR, x.k_rope_BSR)
     keys_S = jnp.arange(x.k_BSHN.shape[1])
     visible_BTS = (first_BT[..., None] <= keys_S) & (keys_S <= last_BT[..., None])
     return scale * scores_BHTS, visible_BTS[:, None]
 
 
-def _probabilities(scores_BHTS: Array, visible_BHTS: Array, lse_BHT: Array) -> Array:
+def probabilities(scores_BHTS: Array, visible_BHTS: Array, lse_BHT: Array) -> Array:
+    """`exp(s - lse)` of scores that count, 0 elsewhere."""
     lse_BHT = jnp.where(lse_BHT == -jnp.inf, 0, lse_BHT)
     return jnp.where(visible_BHTS, jnp.exp(jnp.where(visible_BHTS, scores_BHTS, -jnp.inf) - lse_BHT[..., None]), 0)
 
@@ -118,7 +125,7 @@ def _join(blocks: Any, T: int) -> Any:
     return jax.tree.map(one, blocks)
 
 
-def _einsum(equation: str, x: Array, y: Array) -> Float32[Array, '...']:
+def einsum_fp32(equation: str, x: Array, y: Array) -> Float32[Array, '...']:
     """A product summed in float32."""
     wide = lambda x, y: jnp.einsum(  # noqa: E731
         equation, x.astype(jnp.float32), y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST

@@ -6,14 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.flash_mla import parts
-from pallas_kernels.flash_mla.reference import Inputs
+from pallas_kernels.flash_mla.reference import Inputs, delta
 from pallas_kernels.flash_mla.sight import Sight
 from pallas_kernels.flash_mla.sm90_dkv import key_gradients
 from pallas_kernels.flash_mla.sm90_dq import query_gradients
 from pallas_kernels.flash_mla.sm90_forward import attend
-from pallas_kernels.fp8 import round_up
 
-QUERIES = 128  # of a block
 COPIED = 8  # rows: copies to shared memory count in these
 
 
@@ -48,10 +46,9 @@ def backward(
     **options: Any,
 ) -> Inputs:
     """As the reference; without a sight, query t sees the keys up to t."""
-    dot_BTH = jnp.sum(d_out_BTHU.astype(jnp.float32) * out_BTHU.astype(jnp.float32), -1)
-    delta_BHT = dot_BTH.swapaxes(1, 2) - d_lse_BHT
-    (T, S), padding = (x.q_BTHN.shape[1], x.k_BSHN.shape[1]), round_up(lse_BHT.shape[-1], QUERIES) - lse_BHT.shape[-1]
-    lse_BHt, delta_BHt = (jnp.pad(v, ((0, 0), (0, 0), (0, padding))) for v in (lse_BHT, delta_BHT))
+    T, S = x.q_BTHN.shape[1], x.k_BSHN.shape[1]
+    fill = [(0, 0), (0, 0), (0, -T % parts.ROWS)]
+    lse_BHt, delta_BHt = (jnp.pad(v, fill) for v in (lse_BHT, delta(out_BTHU, d_out_BTHU, d_lse_BHT)))
     inputs = Inputs(*map(_whole, x)), sight, scale, lse_BHt, delta_BHt, _whole(d_out_BTHU)
     d_q_BTHN, d_q_rope_BTHR = (d[:, :T] for d in query_gradients(*inputs, **options))
     d_k_BSHN, d_k_rope_BSHR, d_v_BSHU = (d[:, :S] for d in key_gradients(*inputs, **options))
@@ -61,6 +58,5 @@ def backward(
 
 def _whole(x: Array) -> Array:
     """Filled up with zeros to a number of tokens that can be copied."""
-    tokens = x.shape[1]
-    padding = round_up(tokens, COPIED) - tokens
+    padding = -x.shape[1] % COPIED
     return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) if padding else x

@@ -24,6 +24,7 @@ from pallas_kernels.flash_mla import parts, tuned
 from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, VALUE, WG_ROWS, WGMMA
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, padded, query_ranges
+from pallas_kernels.tiles import COMPILER
 
 KEYS = WG_ROWS
 WIDE_CHUNK = 32  # columns of one copy of float32 results
@@ -199,7 +200,7 @@ def key_gradients(
         grid_names=('batch', 'head', 'block'),
         num_threads=3,
         thread_name='warpgroup',
-        compiler_params=parts.COMPILER,
+        compiler_params=COMPILER,
         kernel_name='flash_mla_dkv',
         interpret=interpret,
     )

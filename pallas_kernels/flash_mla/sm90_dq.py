@@ -20,11 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.flash_mla import parts, tuned
-from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, VALUE, WARPGROUPS, WG_ROWS, WGMMA
+from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, ROWS, VALUE, WARPGROUPS, WG_ROWS, WGMMA
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, key_ranges, padded
-
-ROWS = WARPGROUPS * WG_ROWS
+from pallas_kernels.tiles import COMPILER, rows_of
 
 
 def query_gradients(
@@ -47,7 +46,8 @@ def query_gradients(
         inputs, sights, (d_q_gmem, d_q_rope_gmem), scratch = parts.split(refs, 8, 0 if sight is None else 3, 2)
         q_gmem, q_rope_gmem, k_gmem, k_rope_gmem, v_gmem, lse_gmem, delta_gmem, d_out_gmem = inputs
         q_smem, q_rope_smem, d_out_smem, lse_smem, delta_smem, q_full, *scratch = scratch
-        ring, sight_scratch = parts.KeyRing(*scratch[:7]), scratch[7:]
+        ring, sight_scratch = parts.split(scratch, len(parts.KeyRing._fields))
+        ring = parts.KeyRing(*ring)
         batch, head, warpgroup = (lax.axis_index(name) for name in ('batch', 'head', 'warpgroup'))
         block = blocks - 1 - lax.axis_index('block')
         walk = parts.walk_over_keys(sights[2] if sights else None, (batch, block), ROWS, keys, S)
@@ -91,11 +91,11 @@ def query_gradients(
                     plgpu.wgmma(scores_ref, q_rope_smem.at[warpgroup], ring.k_rope.at[slot].T)
                     plgpu.wgmma(d_p_ref, d_out_smem.at[warpgroup], ring.v.at[slot].T)
                     scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                    p = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(lse, keys))
+                    p = jnp.exp2(scores * (scale * LOG2_E) - rows_of(lse, keys))
                     if masked:
                         p = jnp.where(parts.seen(shape, first, key_block * keys, bounds), p, 0.0)
                     d_p = plgpu.wgmma_accumulator_load(d_p_ref, wait_n=0)
-                    return (p * (d_p - parts.rows_of(delta, keys))).astype(ring.k.dtype)
+                    return (p * (d_p - rows_of(delta, keys))).astype(ring.k.dtype)
 
                 d_s = pl.run_scoped(weigh, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * 2)
                 plgpu.barrier_arrive(ring.v_empty.at[slot])
@@ -122,14 +122,14 @@ def query_gradients(
             floats(WARPGROUPS, WG_ROWS),
             floats(WARPGROUPS, WG_ROWS),
             plgpu.Barrier(num_arrivals=5 if sight is None else 7, num_barriers=WARPGROUPS),
-            *parts.key_ring(stages, keys),
+            *parts.KeyRing.scratch(stages, keys),
             *([] if sight is None else [ints(WARPGROUPS, WG_ROWS)] * 2),
         ],
         grid=(B, H, blocks),
         grid_names=('batch', 'head', 'block'),
         num_threads=WARPGROUPS + 1,
         thread_name='warpgroup',
-        compiler_params=parts.COMPILER,
+        compiler_params=COMPILER,
         kernel_name='flash_mla_dq',
         interpret=interpret,
     )

@@ -23,12 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.flash_mla import parts, tuned
-from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, VALUE, WARPGROUPS, WG_ROWS, WGMMA
+from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, ROWS, VALUE, WARPGROUPS, WG_ROWS, WGMMA
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, key_ranges, padded
 from pallas_kernels.fp8 import round_up
-
-ROWS = WARPGROUPS * WG_ROWS
+from pallas_kernels.tiles import COMPILER, rows_of
 
 
 def attend(
@@ -47,7 +46,8 @@ def attend(
         inputs, sights, (out_gmem, lse_gmem), scratch = parts.split(refs, 5, 0 if sight is None else 3, 2)
         q_gmem, q_rope_gmem, k_gmem, k_rope_gmem, v_gmem = inputs
         q_smem, q_rope_smem, lse_smem, q_full, turn, *scratch = scratch
-        ring, sight_scratch = parts.KeyRing(*scratch[:7]), scratch[7:]
+        ring, sight_scratch = parts.split(scratch, len(parts.KeyRing._fields))
+        ring = parts.KeyRing(*ring)
         batch, head, warpgroup = (lax.axis_index(name) for name in ('batch', 'head', 'warpgroup'))
         block = blocks - 1 - lax.axis_index('block')
         walk = parts.walk_over_keys(sights[2] if sights else None, (batch, block), ROWS, keys, S)
@@ -97,10 +97,10 @@ def attend(
                 if masked and sight is not None:  # a row may have seen nothing yet
                     shift = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
                 factor = jnp.exp2(largest - shift)
-                weights = jnp.exp2(scores * (scale * LOG2_E) - parts.rows_of(shift, keys))
+                weights = jnp.exp2(scores * (scale * LOG2_E) - rows_of(shift, keys))
                 rounded = weights.astype(ring.v.dtype)
                 total = total * factor + weights.sum(axis=1)
-                out = out * parts.rows_of(factor, VALUE)
+                out = out * rows_of(factor, VALUE)
                 plgpu.barrier_wait(ring.v_full.at[slot])
                 pass_turn()
                 out = parts.accumulate(out, rounded, ring.v.at[slot], interpret)
@@ -114,7 +114,7 @@ def attend(
             pl.when(warpgroup == 0)(pass_turn)
 
             lse_smem[warpgroup] = (largest + jnp.log2(total)) * math.log(2)
-            out = out * parts.rows_of(1 / jnp.where(total == 0, 1.0, total), VALUE)
+            out = out * rows_of(1 / jnp.where(total == 0, 1.0, total), VALUE)
             parts.store(out, q_smem.at[warpgroup], part_of(out_gmem, rows, VALUE))  # where the queries were
             plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_gmem.at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -129,14 +129,14 @@ def attend(
             parts.floats(WARPGROUPS, WG_ROWS),
             plgpu.Barrier(num_arrivals=2 if sight is None else 4, num_barriers=WARPGROUPS),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
-            *parts.key_ring(stages, keys),
+            *parts.KeyRing.scratch(stages, keys),
             *([] if sight is None else [ints(WARPGROUPS, WG_ROWS)] * 2),
         ],
         grid=(B, H, blocks),
         grid_names=('batch', 'head', 'block'),
         num_threads=WARPGROUPS + 1,
         thread_name='warpgroup',
-        compiler_params=parts.COMPILER,
+        compiler_params=COMPILER,
         kernel_name='flash_mla',
         interpret=interpret,
     )

@@ -33,7 +33,7 @@ from jaxtyping import Array
 from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
 from pallas_kernels.implementation import hopper_cores
-from pallas_kernels.tiles import output_chunk, swizzled
+from pallas_kernels.tiles import COMPILER, output_chunk, swizzled
 
 WGMMA = plgpu.Layout.WGMMA
 WAVE = 64  # rows of one wgmma
@@ -154,7 +154,7 @@ def product(
         cluster_names=('cluster',),
         num_threads=config.warpgroups + 1,
         thread_name='warpgroup',
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        compiler_params=COMPILER,
         kernel_name=name,
         interpret=interpret,
     )

@@ -31,7 +31,7 @@ from pallas_kernels.grouped_gemm_bf16 import tuned
 from pallas_kernels.grouped_gemm_bf16.tuned import STEP, GroupedConfig
 from pallas_kernels.groups import ALIGNMENT, Tiles, contiguous_tiles, group_starts, masked_tiles
 from pallas_kernels.implementation import hopper_cores
-from pallas_kernels.tiles import output_chunk, swizzled
+from pallas_kernels.tiles import COMPILER, output_chunk, swizzled
 
 WG_ROWS = 64  # of one wgmma
 # Registers a thread of the copying and of the math warpgroups: what is given up must cover what is taken.
@@ -343,7 +343,7 @@ def _run(
         cluster_names=('cluster',),
         num_threads=config.warpgroups + 1,
         thread_name='warpgroup',
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        compiler_params=COMPILER,
         kernel_name=name,
         interpret=interpret,
     )
