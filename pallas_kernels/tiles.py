@@ -3,9 +3,11 @@ results leave it."""
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -58,6 +60,16 @@ class TileConfig:
 def rows_of(vector: Array, width: int) -> Array:
     """A number a row as a matrix."""
     return lax.broadcast_in_dim(vector, (vector.shape[0], width), [0])
+
+
+def accumulate(sums: Array, a: Array, b_smem: Any, interpret: Any) -> Array:
+    """`sums + a @ b`, with `a` in registers. Interpreted programs have no such product: they make it outside."""
+    if interpret is None:
+        multiply = pl.run_state(lambda sums_ref: plgpu.wgmma(sums_ref, a, b_smem))
+        return multiply(plgpu.WGMMAAccumulatorRef.init(sums))  # pyright: ignore[reportReturnType]
+    sums = sums + jnp.dot(a.astype(jnp.float32), b_smem[...].astype(jnp.float32))
+    plgpu.commit_smem()
+    return sums
 
 
 def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:

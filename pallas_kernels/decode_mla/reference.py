@@ -6,7 +6,7 @@ A cached token is a latent c of L numbers, key and value of every head at once, 
   p = exp(s - lse)                over the keys that the query sees, lse = log sum exp s
   o = sum p c                     p rounded to the type of q, sums in float32, o rounded once
 
-Float8 latents are multiplied by their scales in float32, and rounded to the type of q. A query that sees no key has o = 0
+Float8 latents are multiplied by their scales, both the scales and the products rounded to the type of q. A query that sees no key has o = 0
 and lse = -inf. What lies in pages beyond a sequence's length does not count, whatever it is.
 """
 
@@ -36,8 +36,8 @@ class LatentPages(NamedTuple):
 
 
 def quantize_latents(latent_ML: Float[Array, 'M L']) -> tuple[Float[Array, 'M L'], Float32[Array, 'M C']]:
-    """Float8 latents of tokens and their scales, as pages hold them."""
-    values_ML, scales_CQ = quantize_rows(latent_ML, power_of_two=False)
+    """Float8 latents of tokens and their scales, as pages hold them: powers of two, with which bfloat16 loses nothing."""
+    values_ML, scales_CQ = quantize_rows(latent_ML, power_of_two=True)
     return values_ML, scales_CQ[:, : latent_ML.shape[0]].T
 
 
@@ -74,7 +74,7 @@ def _gathered(pages: LatentPages, table_W: Array, length: Array, dtype: jnp.dtyp
 
     latent_SL, rope_SR = tokens(pages.latent_PGL), tokens(pages.rope_PGR)
     if pages.scales_PGC is not None:
-        scales_CS = tokens(pages.scales_PGC).T
+        scales_CS = rounded(tokens(pages.scales_PGC), dtype).astype(jnp.float32).T
         latent_SL = rounded(dequantize_rows(Quantized(latent_SL, scales_CS)), dtype)
     real_S1 = (jnp.arange(len(latent_SL)) < length)[:, None]
     return jnp.where(real_S1, latent_SL, 0), jnp.where(real_S1, rope_SR, 0)

@@ -55,3 +55,9 @@ def schedule(lengths_B: Int32[Array, ' B'], max_pages: int, blocks: int) -> Sche
 def share(end: Any, blocks: int) -> Any:
     """Size of a block's share of a line that ends there."""
     return jnp.maximum(lax.div(end + (blocks - 1), jnp.int32(blocks)), MIN_SHARE)
+
+
+def place(plan: Schedule, sequence: Any) -> tuple[Any, Any]:
+    """Where a sequence's first page lies on the line, and its number of pages."""
+    start = plan.starts[sequence] + OVERHEAD
+    return start, plan.starts[sequence + 1] - start

@@ -6,10 +6,12 @@ Rows are the heads of all queries of a sequence. A block of the grid takes 64 of
     the warpgroup of the page's slot          both, as soon as p is there
     s = q c^T + q_rope r^T   wgmma            o = o * exp2(old m - new m)
     m = max(m, s)                             o = o + p c   wgmma: warpgroup w has columns [256 w, 256 w + 256) of c
-    p = exp2(s - m)          to shared memory
+    p = exp2(s - m)
 
-so that scores are computed once, and while one page is worked on the next one is on its way. Float8 pages lie in slots of
-their own: each warpgroup first turns its columns of a page into bfloat16, in a place of which there is one.
+so that scores are computed once, and while one page is worked on the next one is on its way. p stays in registers; the other
+warpgroup gets it by way of shared memory, with the running maximum and sum. They take turns with the pages, and so with that
+memory: whoever reads it there is the next one to write. Float8 pages lie in slots of their own: each warpgroup first turns its
+columns of a page into bfloat16, in a place of which there is one.
 
 A part of a sequence that is all of it is written out. Other parts leave a result and its log-sum-exp, and a second kernel
 adds those up, in float32 and in the order of the pages. Such a result is bfloat16, as the output is: a sequence that was cut
@@ -30,14 +32,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_mla.reference import LatentPages
-from pallas_kernels.decode_mla.schedule import OVERHEAD, PAGE, Schedule, schedule, share
+from pallas_kernels.decode_mla.schedule import PAGE, Schedule, place, schedule, share
+from pallas_kernels.decode_mla.sm90_combine import LOWEST, combine_parts
 from pallas_kernels.decode_mla.tuned import FEW, MANY, CombineConfig
 from pallas_kernels.fp8 import BLOCK, E4M3
 from pallas_kernels.implementation import hopper_cores
-from pallas_kernels.tiles import COMPILER, rows_of, swizzled
+from pallas_kernels.tiles import COMPILER, accumulate, rows_of, swizzled
 
 WGMMA = plgpu.Layout.WGMMA
-WIDENED = plgpu.Layout.WGMMA_UPCAST_2X  # a thread has four neighbouring columns: words of float8
 LATENT, ROPE = 512, 64
 MAX_QUERIES = 4
 HEADS = range(16, 129, 16)
@@ -45,9 +47,9 @@ ROWS = 64  # of one wgmma
 SLOTS = WARPGROUPS = 2
 HALF = LATENT // WARPGROUPS
 CHUNK = 64  # columns that ordinary code takes at a time
+# A thread has eight neighbouring columns: 16 bytes of bfloat16, stored without bank conflicts.
+WIDENED = plgpu.Layout.SMEM_GMEM_COPY((PAGE, BLOCK), jnp.bfloat16, 128)
 REGISTERS = 24, 240  # of a thread of the copying and of the math warpgroups
-# Below all scores, but a number: the difference of two is no NaN.
-LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def refusal(q_BTHL: Array, q_rope_BTHR: Array, pages: LatentPages) -> str | None:
@@ -120,7 +122,7 @@ def decode_mla(
         q_rope_BTHR.reshape(B, rows, ROPE),
         *(x for x in pages if x is not None),
     )
-    out_BML, lse_BM = _combine(plan, parts_ZML, parts_lse_ZM, out_BML, lse_BM, combine, interpret)
+    out_BML, lse_BM = combine_parts(plan, parts_ZML, parts_lse_ZM, out_BML, lse_BM, combine, interpret)
     return out_BML.reshape(q_BTHL.shape), lse_BM[:, :rows].reshape(B, T, H).swapaxes(1, 2)
 
 
@@ -171,10 +173,11 @@ class _Smem(NamedTuple):
     q_empty: Any
     slot_full: Any  # of each slot
     slot_empty: Any  # of each slot
-    p_full: Any  # with the running maximum and sum
-    p_empty: Any  # of each warpgroup: the other one has read its own p
+    p_full: Any  # of each warpgroup: p that it has computed, with the running maximum and sum
     float8: Any = None  # [slot, token, 512]
-    widened: Any = None  # of each slot: its page is there in bfloat16
+    widened: Any = (
+        None  # of each warpgroup: its columns of a page are there in bfloat16, and the other one computes scores
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,13 +210,12 @@ class _Decode:
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             plgpu.Barrier(num_arrivals=2 if self.float8 else 3, num_barriers=SLOTS),
             slot_empty(num_arrivals=WARPGROUPS, num_barriers=SLOTS),
-            plgpu.Barrier(),
             plgpu.Barrier(num_barriers=WARPGROUPS),
         ]
         if self.float8:
             scratch += [
                 plgpu.SMEM((SLOTS, PAGE, LATENT), E4M3, transforms=swizzled(BLOCK, E4M3)),
-                plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=SLOTS),
+                plgpu.Barrier(num_barriers=WARPGROUPS),
             ]
         return scratch
 
@@ -245,7 +247,7 @@ class _Decode:
 
         def one(sequence: Any, count: Any) -> Any:
             size = share(plan.starts[plan.lengths_B.shape[0]], self.blocks)
-            start, pages = _sequence(plan, sequence)
+            start, pages = place(plan, sequence)
             inside = lambda position: lax.min(lax.max(position - start, jnp.int32(0)), pages)  # noqa: E731
             first, stop = inside(block * size), inside((block + 1) * size)
             length = lax.min(plan.lengths_B[sequence], pages * PAGE)
@@ -303,18 +305,28 @@ class _Decode:
         for slot in range(SLOTS):
             plgpu.barrier_arrive(smem.slot_empty.at[slot])
         plgpu.barrier_arrive(smem.q_empty)
-        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(smem.p_empty.at[0]))
 
         def attend_part(part: _Part) -> None:
             plgpu.barrier_wait(smem.q_full)
-            step = functools.partial(self.attend_page, gmem, smem, warpgroup, part)
-            carry = self.nothing(), self.scales(gmem, warpgroup, part, part.first)
-            (out, top, total), _ = lax.fori_loop(part.first, part.stop, step, carry)
+            own = functools.partial(self.own_page, gmem, smem, warpgroup, part)
+            others = functools.partial(self.others_page, gmem, smem, warpgroup, part)
+            begins = self.slot(part, part.first) == warpgroup
+            state = self.nothing(), self.scales(gmem, warpgroup, part, part.first)
+            state = lax.cond(begins, lambda state: own(part.first, state), lambda state: state, state)
+            first = part.first + jnp.where(begins, 1, 0)
+            # Two pages a step: the other warpgroup's and this one's.
+            steps = lax.div(part.stop - first, jnp.int32(2))
+            both = lambda step, state: own(first + 2 * step + 1, others(first + 2 * step, state))  # noqa: E731
+            state = lax.fori_loop(0, steps, both, state)
+            # This warpgroup has computed its last scores of these queries.
+            plgpu.barrier_arrive(smem.q_empty)
+            ends = self.slot(part, part.stop - 1) == warpgroup
+            (out, top, total), _ = lax.cond(
+                ends, lambda state: state, lambda state: others(part.stop - 1, state), state
+            )
             self.store(gmem, smem, warpgroup, part, out, top, total)
 
-        count = self.for_each_part(gmem.plan, attend_part)
-        next_slot = lax.rem(count, jnp.int32(SLOTS))
-        pl.when(next_slot == warpgroup)(lambda: plgpu.barrier_wait(smem.p_empty.at[warpgroup]))
+        self.for_each_part(gmem.plan, attend_part)
         plgpu.wait_smem_to_gmem(0)
 
     def nothing(self) -> tuple[Array, Array, Array]:
@@ -332,38 +344,47 @@ class _Decode:
         columns = [scales.at[:, warpgroup * len(numbers) + number] for number in numbers]
         return tuple(plgpu.load(column, layout=WIDENED.reduce(1), optimized=False) for column in columns)
 
-    def attend_page(self, gmem: _Gmem, smem: _Smem, warpgroup: Any, part: _Part, index: Any, carry: tuple) -> tuple:
-        (out, top, total), scales = carry
-        slot, last = self.slot(part, index), index == part.stop - 1
+    def own_page(self, gmem: _Gmem, smem: _Smem, warpgroup: Any, part: _Part, index: Any, state: tuple) -> tuple:
+        """The state after a page whose scores this warpgroup computes."""
+        (out, before, total), scales = state
+        zero = _zero(index)
+        slot = warpgroup + zero
+        plgpu.barrier_wait(smem.slot_full.at[slot])
         if self.float8:
             self.widen(smem, warpgroup, slot, index, scales)
-        next_scales = self.scales(gmem, warpgroup, part, index + 1)
-        pl.when(slot == warpgroup)(lambda: self.score(smem, warpgroup, part, index, top, total))
-        plgpu.barrier_wait(smem.p_full)
-        # The last scores of these queries have been computed.
-        pl.when(last)(lambda: plgpu.barrier_arrive(smem.q_empty))
-        if self.float8:
-            plgpu.barrier_arrive(smem.slot_empty.at[slot])
-        new_top, new_total = (plgpu.load(smem.running.at[i], layout=WGMMA.reduce(1)) for i in range(2))
-        out *= rows_of(jnp.exp2(top - new_top), HALF)
-        values = smem.latent.at[self.place(slot, index), warpgroup]
-        pl.when((index + 1) * PAGE > part.length)(lambda: _clear(values, part.length - index * PAGE))
-        out = self.add_product(out, smem.p, values)
-        pl.when(slot == warpgroup)(lambda: plgpu.barrier_arrive(smem.p_empty.at[1 - warpgroup]))
-        if not self.float8:
-            # The last page's slot is still needed, for the output.
-            pl.when(~last)(lambda: self.release(smem, slot))
-        return (out, new_top, new_total), next_scales
+            plgpu.barrier_wait(smem.widened.at[1 - warpgroup])
 
-    def release(self, smem: _Smem, slot: Any) -> None:
-        """Gives a slot back, whose values this warpgroup has multiplied."""
-        if self.cluster > 1:
-            plgpu.commit_smem()  # One thread arrives for its warpgroup then: it must not run ahead of the others.
-        plgpu.barrier_arrive(smem.slot_empty.at[slot])
+        def products(scores_ref: Any) -> Any:
+            plgpu.wgmma(scores_ref, smem.q_rope.at[zero], smem.rope.at[slot].T)
+            for half in range(WARPGROUPS):
+                keys = smem.latent.at[self.place(slot, index), half]
+                plgpu.wgmma(scores_ref, smem.q.at[zero, :, pl.ds(half * HALF, HALF)], keys.T)
+            return scores_ref[...]
+
+        scores = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, PAGE), jnp.float32))
+        p, top, total = self.weigh(smem, warpgroup, part, index, scores, before, total)
+        if self.float8:
+            self.release(smem, slot)
+        next_scales = self.scales(gmem, warpgroup, part, index + 1)
+        out = self.multiply(smem, warpgroup, part, index, out * rows_of(jnp.exp2(before - top), HALF), p)
+        return (out, top, total), next_scales
+
+    def others_page(self, gmem: _Gmem, smem: _Smem, warpgroup: Any, part: _Part, index: Any, state: tuple) -> tuple:
+        """The state after a page whose scores the other warpgroup computes."""
+        (out, before, _), scales = state
+        if self.float8:
+            slot = self.slot(part, index)
+            plgpu.barrier_wait(smem.slot_full.at[slot])
+            self.widen(smem, warpgroup, slot, index, scales)
+            plgpu.barrier_arrive(smem.widened.at[warpgroup])
+            self.release(smem, slot)
+        p, top, total = self.receive(smem, 1 - warpgroup)
+        next_scales = self.scales(gmem, warpgroup, part, index + 1)
+        out = self.multiply(smem, warpgroup, part, index, out * rows_of(jnp.exp2(before - top), HALF), p)
+        return (out, top, total), next_scales
 
     def widen(self, smem: _Smem, warpgroup: Any, slot: Any, index: Any, scales: tuple) -> None:
         """Turns this warpgroup's columns of a page into bfloat16. All that was read of their place has been used."""
-        plgpu.barrier_wait(smem.slot_full.at[slot])
         for block, scale in enumerate(scales):
             columns = pl.ds(warpgroup * HALF + block * BLOCK, BLOCK)
             narrow = plgpu.load(smem.float8.at[slot, :, columns], layout=WIDENED)
@@ -372,37 +393,52 @@ class _Decode:
                 target = smem.latent.at[self.place(slot, index), warpgroup, :, pl.ds(block * BLOCK + start, CHUNK)]
                 target[...] = wide.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(smem.widened.at[slot])
 
-    def score(self, smem: _Smem, warpgroup: Any, part: _Part, index: Any, top: Array, total: Array) -> None:
-        """Computes p of a page and the new running maximum and sum."""
-        zero = _zero(index)
-        slot = warpgroup + zero
-        plgpu.barrier_wait(smem.widened.at[slot] if self.float8 else smem.slot_full.at[slot])
+    def weigh(
+        self, smem: _Smem, warpgroup: Any, part: _Part, index: Any, scores: Array, top: Array, total: Array
+    ) -> tuple[Array, Array, Array]:
+        """p of a page with the new running maximum and sum, all handed to the other warpgroup too.
 
-        def products(scores_ref: Any) -> Any:
-            plgpu.wgmma(scores_ref, smem.q_rope.at[zero], smem.rope.at[slot].T)
-            for half in range(WARPGROUPS):
-                keys = smem.latent.at[self.place(warpgroup, index), half]
-                plgpu.wgmma(scores_ref, smem.q.at[zero, :, pl.ds(half * HALF, HALF)], keys.T)
-            return scores_ref[...]
-
-        scores = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((ROWS, PAGE), jnp.float32))
+        There it was read, whatever it was that lay there: it is the other's turn after this one's.
+        """
         seen_by_all = part.length - (self.queries - 1)
         scores = lax.cond(
             (index + 1) * PAGE > seen_by_all,
-            lambda scores: self.hide(scores, zero, seen_by_all - index * PAGE, part.length - index * PAGE),
+            lambda scores: self.hide(scores, _zero(index), seen_by_all - index * PAGE, part.length - index * PAGE),
             lambda scores: scores,
             scores,
         )
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * self.factor)
         p = jnp.exp2(scores * self.factor - rows_of(new_top, PAGE))
-        plgpu.barrier_wait(smem.p_empty.at[warpgroup])
-        smem.p[...] = p.astype(jnp.bfloat16)
+        new_total = total * jnp.exp2(top - new_top) + jnp.sum(p, axis=1)
+        p = p.astype(jnp.bfloat16)
+        smem.p[...] = p
         smem.running[0] = new_top
-        smem.running[1] = total * jnp.exp2(top - new_top) + jnp.sum(p, axis=1)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(smem.p_full)
+        smem.running[1] = new_total
+        plgpu.barrier_arrive(smem.p_full.at[warpgroup])
+        return p, new_top, new_total
+
+    def receive(self, smem: _Smem, other: Any) -> tuple[Array, Array, Array]:
+        """p of the other warpgroup's page, with its running maximum and sum."""
+        plgpu.barrier_wait(smem.p_full.at[other])
+        top, total = (plgpu.load(smem.running.at[i], layout=WGMMA.reduce(1)) for i in range(2))
+        return plgpu.load(smem.p, layout=WGMMA), top, total
+
+    def multiply(self, smem: _Smem, warpgroup: Any, part: _Part, index: Any, out: Array, p: Array) -> Array:
+        """`out` with a page's values added. A bfloat16 slot is then free, but for the part's last: the output goes there."""
+        slot = self.slot(part, index)
+        values = smem.latent.at[self.place(slot, index), warpgroup]
+        pl.when((index + 1) * PAGE > part.length)(lambda: _clear(values, part.length - index * PAGE))
+        out = accumulate(out, p, values, self.interpret)
+        if not self.float8:
+            pl.when(index < part.stop - 1)(lambda: self.release(smem, slot))
+        return out
+
+    def release(self, smem: _Smem, slot: Any) -> None:
+        """Gives a slot back, which this warpgroup has done with."""
+        if self.cluster > 1:
+            plgpu.commit_smem()  # One thread arrives for its warpgroup then: it must not run ahead of the others.
+        plgpu.barrier_arrive(smem.slot_empty.at[slot])
 
     def hide(self, scores: Array, zero: Any, seen_by_all: Any, tokens: Any) -> Array:
         """Scores of a page, with -inf for tokens after the query or past the sequence."""
@@ -412,18 +448,6 @@ class _Decode:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=WGMMA.reduce(1)) + (self.first_row + zero)
         query = sum(jnp.where(row < first * self.heads, 0, 1) for first in range(1, self.queries))
         return jnp.where(token < rows_of(jnp.minimum(seen_by_all + query, tokens), PAGE), scores, -jnp.inf)
-
-    def add_product(self, sums: Array, a_smem: Any, b_smem: Any) -> Array:
-        """`sums + a @ b`. Interpreted programs cannot begin with sums: they add them."""
-        add = lambda sums_ref: plgpu.wgmma(sums_ref, a_smem, b_smem)  # noqa: E731
-        if self.interpret is None:
-            return pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(sums))  # pyright: ignore
-
-        def product(sums_ref: Any) -> Any:
-            add(sums_ref)
-            return sums_ref[...]
-
-        return sums + pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((ROWS, HALF), jnp.float32))
 
     def store(
         self, gmem: _Gmem, smem: _Smem, warpgroup: Any, part: _Part, out: Array, top: Array, total: Array
@@ -465,12 +489,6 @@ class _Decode:
             plgpu.barrier_arrive(smem.slot_empty.at[slot])
 
 
-def _sequence(plan: Schedule, sequence: Any) -> tuple[Any, Any]:
-    """Where a sequence's first page lies on the line, and its number of pages."""
-    start = plan.starts[sequence] + OVERHEAD
-    return start, plan.starts[sequence + 1] - start
-
-
 def _zero(number: Any) -> Any:
     """Of a small number, unknown to the compiler.
 
@@ -488,80 +506,3 @@ def _clear(values_smem: Any, tokens: Any) -> None:
         token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=WGMMA)
         chunk[...] = jnp.where(token < tokens, values, jnp.zeros_like(values))
     plgpu.commit_smem()
-
-
-def _combine(
-    plan: Schedule,
-    parts_ZML: Array,
-    parts_lse_ZM: Array,
-    out_BML: Array,
-    lse_BM: Array,
-    config: CombineConfig,
-    interpret: Any,
-) -> tuple[Array, Array]:
-    """Output and log-sum-exp, with those of sequences in several parts, or in none, filled in."""
-    (B, rows, _), blocks = out_BML.shape, parts_lse_ZM.shape[0] // 2
-    height, width, ahead = dataclasses.astuple(config)
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // 128)
-    zeros = lambda dtype: plgpu.layout_cast(jnp.zeros((width,), dtype), layout)  # noqa: E731
-
-    def body(starts, first, stop, lengths, parts, parts_lse, out, lse) -> None:
-        sequence, first_row = lax.axis_index('sequence'), lax.axis_index('row') * height
-        columns = pl.ds(lax.axis_index('column') * width, width)
-        size = share(starts[lengths.shape[0]], blocks)
-        start, pages = _sequence(Schedule(starts, first, stop, lengths), sequence)
-        first_block = lax.div(start, size)
-        count = lax.div(start + pages - 1, size) - first_block + 1
-
-        def write(row: Any, values: Array, value: Any) -> None:
-            out[sequence, row, columns] = values
-
-            @pl.when(lax.axis_index('column') == 0)
-            def _() -> None:
-                lse[sequence, row] = value
-
-        @pl.when(pages == 0)
-        def _() -> None:
-            for i in range(height):
-                write(first_row + i, zeros(jnp.bfloat16), jnp.float32(-jnp.inf))
-
-        def add(step: Any, carry: tuple) -> tuple:
-            indices = [step * ahead + i for i in range(ahead)]
-            # A sequence's first part is its block's last one.
-            numbers = [first_block + lax.min(index, count - 1) for index in indices]
-            numbers = [number + jnp.where(number == first_block, blocks, 0) for number in numbers]
-            return tuple(add_row(first_row + i, indices, numbers, *carry[i]) for i in range(height))
-
-        def add_row(row: Any, indices: list, numbers: list, top: Any, total: Any, sums: Array) -> tuple:
-            terms = [plgpu.load(parts.at[n, row, columns], layout=layout) for n in numbers]
-            lses = [jnp.where(i < count, parts_lse[n, row], -jnp.inf) for i, n in zip(indices, numbers, strict=True)]
-            new_top = functools.reduce(jnp.maximum, lses, top)
-            shrink = jnp.exp2(top - new_top)
-            total, sums = total * shrink, sums * shrink
-            for x, term in zip(lses, terms, strict=True):
-                weight = jnp.exp2(x - new_top)
-                total, sums = total + weight, sums + weight * term.astype(jnp.float32)
-            return new_top, total, sums
-
-        @pl.when(count > 1)
-        def _() -> None:
-            nothing = jnp.float32(LOWEST), jnp.float32(0), zeros(jnp.float32)
-            steps = lax.div(count + (ahead - 1), jnp.int32(ahead))
-            for i, (top, total, sums) in enumerate(lax.fori_loop(0, steps, add, (nothing,) * height)):
-                some = total > 0
-                value = jnp.where(some, (top + jnp.log2(total)) * math.log(2), -jnp.inf)
-                write(first_row + i, (sums * jnp.where(some, 1 / total, 0.0)).astype(jnp.bfloat16), value)
-
-    results = jax.new_ref(out_BML), jax.new_ref(lse_BM)
-    plgpu.kernel(
-        body,
-        out_type=(),
-        grid=(LATENT // width, rows // height, B),
-        grid_names=('column', 'row', 'sequence'),
-        num_threads=1,
-        thread_name='warpgroup',
-        compiler_params=COMPILER,
-        kernel_name='decode_mla_combine',
-        interpret=interpret,
-    )(*plan, parts_ZML, parts_lse_ZM, *results)
-    return jax.freeze(results[0]), jax.freeze(results[1])

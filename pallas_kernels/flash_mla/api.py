@@ -41,7 +41,7 @@ def flash_mla(
 
     Args:
       q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU: float32 or bfloat16, all of one type, none empty.
-      scale: of the scores.
+      scale: of the scores, positive.
       segments_BT: numbers of documents, for T = S; a query sees keys of its own document only. A document is a run of
         equal numbers. None: one document.
       positions_BT: a query sees the keys up to this one, itself included: those of a cached prefix, say; one before the
@@ -49,30 +49,51 @@ def flash_mla(
       implementation: None takes the Hopper kernels on a Hopper GPU and the reference elsewhere.
 
     Raises:
-      ValueError: types differ or are no floats, queries and keys differ in number and there are no positions, or there are
-        positions and segments.
+      ValueError: shapes or types do not fit together, queries and keys differ in number and there are no positions, or
+        there are positions and segments.
       NotImplementedError: 'pallas' was asked for and the inputs are not bfloat16 of widths N = 128, R = 64, U = 128, or
         there is no Hopper GPU.
     """
     x = Inputs(q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU)
-    dtypes = {array.dtype for array in x}
-    if len(dtypes) > 1 or dtypes.pop() not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            f'flash_mla: inputs are {", ".join(str(array.dtype) for array in x)}, they must all be float32 or bfloat16'
-        )
-    if 0 in q_BTHN.shape or 0 in v_BSHU.shape:
-        raise ValueError(f'flash_mla: queries {q_BTHN.shape} and values {v_BSHU.shape} must not be empty')
-    T, S = q_BTHN.shape[1], k_BSHN.shape[1]
-    if positions_BT is None and T != S:
-        raise ValueError(f'flash_mla: {T} queries of {S} keys need positions')
+    _check(x, scale, segments_BT, positions_BT)
     sight = None
     if segments_BT is not None:
-        if positions_BT is not None:
-            raise ValueError('flash_mla: segments and positions exclude each other')
         sight = of_documents(segments_BT)
     elif positions_BT is not None:
-        sight = of_positions(positions_BT, S)
+        sight = of_positions(positions_BT, k_BSHN.shape[1])
     return _attend(scale, choose('flash_mla', implementation, lambda: sm90.refusal(x)), x, sight)
+
+
+def _check(x: Inputs, scale: float, segments: Array | None, positions: Array | None) -> None:
+    def refuse(what: str) -> None:
+        raise ValueError(f'flash_mla: {what}')
+
+    q, q_rope, k, k_rope, v = x
+    if len({array.dtype for array in x}) > 1 or q.dtype not in (jnp.float32, jnp.bfloat16):
+        refuse(f'inputs are {", ".join(str(array.dtype) for array in x)}, they must all be float32 or bfloat16')
+    if [array.ndim for array in x] != [4, 4, 4, 3, 4] or any(0 in array.shape for array in x):
+        refuse(
+            f'queries {q.shape} and {q_rope.shape}, keys {k.shape} and {k_rope.shape} and values {v.shape} must be '
+            '(B, T, H, N), (B, T, H, R), (B, S, H, N), (B, S, R) and (B, S, H, U), none empty'
+        )
+    (B, T, H, N), S = q.shape, k.shape[1]
+    if q_rope.shape[:3] != (B, T, H):
+        refuse(f'rotary queries {q_rope.shape} must begin with (B, T, H) = {(B, T, H)}, as queries {q.shape}')
+    if k.shape != (B, S, H, N):
+        refuse(f'keys {k.shape} must be (B, S, H, N) = {(B, S, H, N)} for queries {q.shape}')
+    if k_rope.shape != (B, S, q_rope.shape[3]):
+        refuse(f'rotary keys {k_rope.shape} must be (B, S, R) = {(B, S, q_rope.shape[3])}')
+    if v.shape[:3] != (B, S, H):
+        refuse(f'values {v.shape} must begin with (B, S, H) = {(B, S, H)}, as keys {k.shape}')
+    if segments is not None and positions is not None:
+        refuse('segments and positions exclude each other')
+    if positions is None and T != S:
+        refuse(f'{T} queries of {S} keys need positions')
+    for name, numbers in (('segments', segments), ('positions', positions)):
+        if numbers is not None and (numbers.shape != (B, T) or not jnp.issubdtype(numbers.dtype, jnp.integer)):
+            refuse(f'{name} are {numbers.dtype}{numbers.shape}, they must be integers {(B, T)}')
+    if not scale > 0:
+        refuse(f'{scale=} must be positive')
 
 
 def module(chosen: Implementation) -> ModuleType:

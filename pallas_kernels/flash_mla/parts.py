@@ -39,16 +39,6 @@ def product(*factors: tuple[Any, Any], between: Callable[[], None] | None = None
     return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def accumulate(sums: Array, a: Array, b_smem: Any, interpret: Any) -> Array:
-    """`sums + a @ b`, with `a` in registers. Interpreted programs have no such product: they make it outside."""
-    if interpret is None:
-        multiply = pl.run_state(lambda sums_ref: plgpu.wgmma(sums_ref, a, b_smem))
-        return multiply(plgpu.WGMMAAccumulatorRef.init(sums))  # pyright: ignore[reportReturnType]
-    sums = sums + jnp.dot(a.astype(jnp.float32), b_smem[...].astype(jnp.float32))
-    plgpu.commit_smem()
-    return sums
-
-
 def zeros(*shape: int) -> Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
 

@@ -24,7 +24,7 @@ from pallas_kernels.flash_mla import parts, tuned
 from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, VALUE, WG_ROWS, WGMMA
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, padded, query_ranges
-from pallas_kernels.tiles import COMPILER
+from pallas_kernels.tiles import COMPILER, accumulate
 
 KEYS = WG_ROWS
 WIDE_CHUNK = 32  # columns of one copy of float32 results
@@ -128,7 +128,7 @@ def key_gradients(
                 p_smem[...] = rounded
                 plgpu.barrier_arrive(p_full)
                 plgpu.barrier_wait(d_out_full.at[slot])
-                d_v = parts.accumulate(d_v, rounded, d_out_smem.at[slot], interpret)
+                d_v = accumulate(d_v, rounded, d_out_smem.at[slot], interpret)
                 plgpu.barrier_arrive(d_out_empty.at[slot])
                 return d_v
 
@@ -158,8 +158,8 @@ def key_gradients(
                 plgpu.barrier_arrive(p_empty)
                 d_s = (p * (d_p - parts.columns_of(delta, KEYS))).astype(q_smem.dtype)
                 plgpu.barrier_wait(q_full.at[slot])
-                d_k = parts.accumulate(d_k, d_s, q_smem.at[slot], interpret)
-                d_k_rope = parts.accumulate(d_k_rope, d_s, q_rope_smem.at[slot], interpret)
+                d_k = accumulate(d_k, d_s, q_smem.at[slot], interpret)
+                d_k_rope = accumulate(d_k_rope, d_s, q_rope_smem.at[slot], interpret)
                 plgpu.barrier_arrive(q_empty.at[slot])
                 return d_k, d_k_rope
 

@@ -23,7 +23,7 @@ from pallas_kernels.flash_mla import parts, tuned
 from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, ROWS, VALUE, WARPGROUPS, WG_ROWS, WGMMA
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, key_ranges, padded
-from pallas_kernels.tiles import COMPILER, rows_of
+from pallas_kernels.tiles import COMPILER, accumulate, rows_of
 
 
 def query_gradients(
@@ -99,8 +99,8 @@ def query_gradients(
 
                 d_s = pl.run_scoped(weigh, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * 2)
                 plgpu.barrier_arrive(ring.v_empty.at[slot])
-                d_q = parts.accumulate(d_q, d_s, ring.k.at[slot], interpret)
-                d_q_rope = parts.accumulate(d_q_rope, d_s, ring.k_rope.at[slot], interpret)
+                d_q = accumulate(d_q, d_s, ring.k.at[slot], interpret)
+                d_q_rope = accumulate(d_q_rope, d_s, ring.k_rope.at[slot], interpret)
                 plgpu.barrier_arrive(ring.k_empty.at[slot])
                 return d_q, d_q_rope
 

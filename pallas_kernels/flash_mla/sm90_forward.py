@@ -27,7 +27,7 @@ from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, ROWS, VALUE, WARP
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, key_ranges, padded
 from pallas_kernels.fp8 import round_up
-from pallas_kernels.tiles import COMPILER, rows_of
+from pallas_kernels.tiles import COMPILER, accumulate, rows_of
 
 
 def attend(
@@ -103,7 +103,7 @@ def attend(
                 out = out * rows_of(factor, VALUE)
                 plgpu.barrier_wait(ring.v_full.at[slot])
                 pass_turn()
-                out = parts.accumulate(out, rounded, ring.v.at[slot], interpret)
+                out = accumulate(out, rounded, ring.v.at[slot], interpret)
                 plgpu.barrier_arrive(ring.v_empty.at[slot])
                 return out, new_largest, total
 

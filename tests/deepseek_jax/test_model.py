@@ -10,6 +10,7 @@ import deepseek_jax as ds
 from deepseek_jax import flops, hf, model
 from deepseek_jax.block import block
 from deepseek_jax.norm import rms_norm
+from tests.pallas_kernels.hopper import calls_on_h100
 from tests.support import TINY, changed, param_shapes, random_params
 
 V3 = ds.ModelConfig(
@@ -205,12 +206,28 @@ def test_v3_parameter_and_work_counts_are_the_published_ones():
     assert hf.config_from_published(hf.config_to_published(V3)) == V3
 
 
+def served_by_kernels(**changes):
+    """A model at widths that the attention kernels serve."""
+    mla = {'num_heads': 16, 'nope_head_dim': 128, 'rope_head_dim': 64, 'value_head_dim': 128, 'kv_rank': 512}
+    return changed(TINY, mla=mla, precision=ds.PrecisionConfig(recipe='bf16'), num_layers=2, mtp_depth=0, **changes)
+
+
+@pytest.mark.parametrize(
+    ('absorbed', 'kernels'), [(False, {'flash_mla'}), (True, {'decode_mla', 'decode_mla_combine'})]
+)
+def test_prefill_and_decoding_on_a_hopper_gpu_are_traced_into_kernels(absorbed, kernels):
+    config = served_by_kernels(num_dense_layers=2, moe=None)
+    params, cache = param_shapes(config), jax.eval_shape(lambda: ds.init_cache(config, BATCH, 256))
+    tokens_BT = jax.ShapeDtypeStruct((BATCH, 2), jnp.int32)
+    extend = functools.partial(ds.extend, config=config, absorbed=absorbed)
+    called = calls_on_h100(extend, params, tokens_BT, tokens_BT, cache)
+    assert {name for name in called if name.startswith('kernel ')} == {f'kernel {name}' for name in kernels}
+
+
 @pytest.mark.gpu
 def test_gpu_prefill_and_decode_with_kernels_are_the_training_forward():
     """At widths that the attention kernels serve: tokens in one pass, a prompt by chunks over a cache, then one by one."""
-    bf16 = ds.PrecisionConfig(recipe='bf16')
-    mla = {'num_heads': 16, 'nope_head_dim': 128, 'rope_head_dim': 64, 'value_head_dim': 128, 'kv_rank': 512}
-    config = changed(TINY, mla=mla, precision=bf16, num_layers=2, num_dense_layers=2, moe=None, mtp_depth=0)
+    config = served_by_kernels(num_dense_layers=2, moe=None)
     with warnings.catch_warnings(action='ignore'):  # shapes are traced in float32, which no kernel serves
         params = random_params(config)
     length, cuts = 200, (0, 70, 150)

@@ -143,7 +143,12 @@ def test_scores_are_held_for_a_block_of_queries_only():
         (lambda x: (*x[:4], x[4].astype(jnp.bfloat16)), 'bfloat16, they must all be'),
         (lambda x: tuple(array.astype(jnp.float16) for array in x), 'float16'),
         (lambda x: (x[0][:, :4], x[1][:, :4], *x[2:]), '4 queries of 8 keys need positions'),
-        (lambda x: (x[0][:, :0], x[1][:, :0], *x[2:]), 'must not be empty'),
+        (lambda x: (x[0][:, :0], x[1][:, :0], *x[2:]), 'none empty'),
+        (lambda x: (x[0], x[1][:, :, :1], *x[2:]), r'rotary queries \(.*\) must begin with \(B, T, H\)'),
+        (lambda x: (*x[:2], x[2][:, :, :1], *x[3:]), r'keys \(.*\) must be \(B, S, H, N\)'),
+        (lambda x: (*x[:3], x[3][..., :2], x[4]), r'rotary keys \(.*\) must be \(B, S, R\)'),
+        (lambda x: (*x[:3], x[3][:, None], x[4]), r'none empty'),
+        (lambda x: (*x[:4], x[4][:, :4]), r'values \(.*\) must begin with \(B, S, H\)'),
     ],
 )
 def test_bad_input_is_named(change, message):
