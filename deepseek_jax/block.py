@@ -27,7 +27,7 @@ def block(
     """The block's output, its layer of the cache, and the use of its experts (None for a dense block)."""
     normed_BTD = rms_norm(x_BTD, params['attention_norm_D'], config.norm_eps)
     attention_BTD, cache = mla.attention(params['attention'], normed_BTD, attend, cache, config, absorbed)
-    x_BTD = x_BTD + attention_BTD
+    x_BTD = ops.keep(x_BTD + attention_BTD)
     normed_BTD = rms_norm(x_BTD, params['ffn_norm_D'], config.norm_eps)
     if 'moe' not in params:
         return x_BTD + moe.swiglu(params['ffn'], normed_BTD, config.precision), cache, None
@@ -74,7 +74,7 @@ def declare(module: nn.Module, config: ModelConfig, names_: tuple[str, ...], **s
 
 
 class Part(nn.Module):
-    """Names the parameters of one part of a block and returns them; what `compute_params` put in their place, as it is."""
+    """Names the parameters of one part of a block and returns them; float8 experts in their place or beside them, as they are."""
 
     config: ModelConfig
     parameter_names: tuple[str, ...]
@@ -82,9 +82,12 @@ class Part(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
+        params = {}
         if self.has_variable('params', ops.QUANTIZED):
-            return {ops.QUANTIZED: self.get_variable('params', ops.QUANTIZED)}
-        return declare(self, self.config, self.parameter_names, **dict(self.sizes))
+            params[ops.QUANTIZED] = self.get_variable('params', ops.QUANTIZED)
+            if not self.has_variable('params', self.parameter_names[0]):
+                return params
+        return params | declare(self, self.config, self.parameter_names, **dict(self.sizes))
 
 
 class Experts(nn.Module):
@@ -130,8 +133,12 @@ class Block(nn.Module):
 
 def rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
     """The module with `config.remat` applied to its backward pass; values are the same."""
-    if config.remat in ('none', 'paper'):  # of the latter, `mla.attention` and `rms_norm` take care
+    if config.remat == 'none':
         return module
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policies = {'full': None, 'dots': jax.checkpoint_policies.save_from_both_policies(dots, ops.KEEP_ATTENTION)}
+    policies = {
+        'full': None,
+        'paper': ops.KEEP,
+        'dots': jax.checkpoint_policies.save_from_both_policies(dots, ops.KEEP),
+    }
     return nn.remat(module, policy=policies[config.remat], prevent_cse=False)

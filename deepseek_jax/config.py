@@ -213,8 +213,8 @@ class ModelConfig:
       mtp_depth: multi-token prediction modules [2.2]; module k predicts the token k + 1 places ahead.
       norm_eps: RMSNorm epsilon of all norms but those of the latents.
       init_std: standard deviation of the initial weights.
-      remat: what the backward pass recomputes, per block: 'none', 'paper' (norms and the up-projections of MLA [3.2.3]),
-        'dots' (all but matrix products and attention), 'full'.
+      remat: what the backward pass recomputes, per block: 'none', 'paper' (norms, the up-projections of MLA, SwiGLU
+        [3.2.3]), 'dots' (all but matrix products and attention), 'full'.
       scan_unroll: blocks per iteration of the scan over layers (changes compile time and speed, not values).
     """
 

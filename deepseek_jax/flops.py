@@ -8,6 +8,13 @@ import jax
 from deepseek_jax import model, names
 from deepseek_jax.config import ModelConfig
 
+PEAK_FLOPS = {
+    'NVIDIA H100 80GB HBM3': 989.4e12,
+    'NVIDIA H200': 989.4e12,
+    'NVIDIA H800': 989.4e12,
+}
+"""Bfloat16 operations a second of each `jax.Device.device_kind`, without sparsity, as its maker states them."""
+
 
 class ParameterCounts(NamedTuple):
     """Numbers of parameters.
@@ -55,6 +62,16 @@ def train_flops_per_token(config: ModelConfig, length: int, mtp: bool = False) -
         head = config.model_dim * config.vocab_size
         work += 6.0 * _active(modules, config) + config.mtp_depth * (core + 6 * head)
     return work
+
+
+def mfu(flops_per_token: float, tokens_per_second: float, device_kind: str, devices: int = 1) -> float | None:
+    """Model FLOPs utilisation, `flops_per_token * tokens_per_second / (devices * peak)`; None for an unknown device.
+
+    The peak is that of bfloat16 in every recipe, so that float8 and bfloat16 compare; what is computed again in the
+    backward pass does not count.
+    """
+    peak = PEAK_FLOPS.get(device_kind)
+    return None if peak is None else flops_per_token * tokens_per_second / (devices * peak)
 
 
 def _sizes(config: ModelConfig) -> dict[tuple[str, ...], int]:

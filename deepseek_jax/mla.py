@@ -8,7 +8,6 @@ decode, where reading C + R values a token costs far less than H * (N + R + U). 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax import ops, rope
@@ -52,23 +51,15 @@ def attention(
 ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """The attention layer's output and the cache with these tokens added (None without a cache).
 
-    Without a cache the keys are the tokens of `x_BTD`; with one, they are its slots, these tokens included. With
-    `remat='paper'` the backward pass keeps what the down-projections give and the output of attention, and computes all
-    between them again [3.2.3].
+    Without a cache the keys are the tokens of `x_BTD`; with one, they are its slots, these tokens included.
     """
-
-    def between(params: Params, down: tuple, cache: Cache | None) -> tuple[Array, Cache | None]:
-        q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR = _up(params, down, attend.rotation, config)
-        if cache is not None:
-            cache = cache.write(latent_BSC, k_rope_BSR, attend.positions_BT)
-            latent_BSC, k_rope_BSR = cache
-        inputs = params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend
-        return _absorbed(*inputs, config) if absorbed else _expanded(*inputs, cache is not None, config), cache
-
-    if config.remat == 'paper':
-        between = jax.checkpoint(between, policy=ops.KEEP_ATTENTION, prevent_cse=False)
-    out_BTHU, cache = between(params, _down(params, x_BTD, config), cache)
-    return ops.linear('BTHU,HUD->BTD', out_BTHU, params['w_o_HUD'], config.precision), cache
+    q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR = project(params, x_BTD, attend.rotation, config)
+    if cache is not None:
+        cache = cache.write(latent_BSC, k_rope_BSR, attend.positions_BT)
+        latent_BSC, k_rope_BSR = cache
+    inputs = params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend
+    out_BTHU, kept = _absorbed(*inputs, config) if absorbed else _expanded(*inputs, cache is not None, config)
+    return ops.linear('BTHU,HUD->BTD', out_BTHU, params['w_o_HUD'], config.precision, kept), cache
 
 
 def project(
@@ -79,7 +70,7 @@ def project(
     Queries `q^C` (B, T, H, N) and rotated `q^R` (B, T, H, R) of each head; what the cache keeps: the normalised latent
     `c^KV` (B, T, C) and the rotated shared key `k^R` (B, T, R).
     """
-    return _up(params, _down(params, x_BTD, config), rotation, config)
+    return _up(params, ops.keep(_down(params, x_BTD, config)), rotation, config)
 
 
 def _down(params: Params, x_BTD: Array, config: ModelConfig) -> tuple:
@@ -107,17 +98,17 @@ def _up(params: Params, down: tuple, rotation: rope.Rotation, config: ModelConfi
 def _expanded(
     params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend: Attend, cached: bool, config: ModelConfig
 ):
-    """Keys and values per head from the latent [eq. 2, 5], then `softmax(q k / sqrt(N + R)) v` [eq. 10]."""
+    """Keys and values per head from the latent [eq. 2, 5], then `softmax(q k / sqrt(N + R)) v` [eq. 10]; what is kept of it."""
     weights = [params[name] for name in ('w_uk_CHN', 'w_uv_CHU')]
     k_BSHN, v_BSHU = ops.linears('BSC,CHN,CHU->BSHN,BSHU', latent_BSC, weights, config.precision)
     inputs = q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU
     positions_BT = attend.positions_BT if cached else None
-    return ops.attention(*inputs, config.softmax_scale, positions_BT, attend.segments_BT)
+    return ops.attention(*inputs, config.softmax_scale, positions_BT, attend.segments_BT, config.precision)
 
 
 def _absorbed(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend: Attend, config: ModelConfig):
-    """`q . (W_uk c) = (W_uk^T q) . c` and `sum_s p_s (W_uv c_s) = W_uv (sum_s p_s c_s)`."""
+    """`q . (W_uk c) = (W_uk^T q) . c` and `sum_s p_s (W_uv c_s) = W_uv (sum_s p_s c_s)`. Nothing is kept."""
     q_BTHC = ops.einsum('BTHN,CHN->BTHC', q_BTHN, params['w_uk_CHN'])
     inputs = q_BTHC, q_rope_BTHR, latent_BSC, k_rope_BSR
     out_BTHC = ops.latent_attention(*inputs, config.softmax_scale, attend.positions_BT)
-    return ops.einsum('BTHC,CHU->BTHU', out_BTHC, params['w_uv_CHU'])
+    return ops.einsum('BTHC,CHU->BTHU', out_BTHC, params['w_uv_CHU']), None

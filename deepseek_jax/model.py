@@ -66,7 +66,8 @@ class DeepSeekV3(nn.Module):
     ) -> States:
         config = self.config
         params = declare(self, config, ('embedding_VD', 'final_norm_D', 'head_DV'))
-        x_BTD = params['embedding_VD'][tokens_BT].astype(compute_dtype(config.precision))
+        with jax.named_scope('embed'):
+            x_BTD = params['embedding_VD'][tokens_BT].astype(compute_dtype(config.precision))
         caches, balances = [], []
         start = 0
         for name, length in (('dense_layers', config.num_dense_layers), ('moe_layers', config.num_moe_layers)):
@@ -163,6 +164,7 @@ def tokens_ahead(tokens_BT: Int[Array, 'B T'], length: int, depth: int) -> Int[A
     return jnp.stack([padded[:, k : k + length] for k in range(1, depth + 1)])
 
 
+@jax.named_scope('head')
 def logits(params: Params, hidden_BTD: Float[Array, '*rows D'], config: ModelConfig) -> Float[Array, '*rows V']:
     """The head: float32 logits over all V rows, those included that no token id uses."""
     return ops.einsum_fp32('...D,DV->...V', hidden_BTD, params['head_DV'])

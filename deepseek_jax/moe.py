@@ -32,8 +32,10 @@ def swiglu(
 ) -> Float[Array, '*rows D']:
     """`W_down (silu(W_gate x) * W_up x)`."""
     weights = (params['w_gate_DF'], params['w_up_DF'])
-    gate_BTF, up_BTF = ops.linears('...D,DF,DF->...F,...F', x_BTD, weights, precision)
-    return ops.linear('...F,FD->...D', jax.nn.silu(gate_BTF) * up_BTF, params['w_down_FD'], precision)
+    gate_BTF, up_BTF = ops.keep(ops.linears('...D,DF,DF->...F,...F', x_BTD, weights, precision))
+    with jax.named_scope('swiglu'):
+        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+    return ops.linear('...F,FD->...D', hidden_BTF, params['w_down_FD'], precision)
 
 
 def routed_experts(
@@ -62,7 +64,7 @@ def moe(
 ) -> tuple[Float[Array, 'B T D'], Balance]:
     """Routed plus shared experts [eq. 12], and how evenly the experts were used."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    routing = router.route(params['router'], x_MD, config)
+    routing = ops.keep(router.route(params['router'], x_MD, config))
     y_BTD = routed_experts(params['experts'], x_MD, routing, config, precision).reshape(x_BTD.shape)
     if config.num_shared_experts:
         with jax.named_scope('shared'):

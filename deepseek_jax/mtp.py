@@ -40,7 +40,8 @@ class MTPModule(nn.Module):
             config,
             ('hidden_norm_D', 'embedding_norm_D', 'w_hidden_DD', 'w_embedding_DD', 'final_norm_D'),
         )
-        ahead_BTD = embedding_VD[ahead_BT].astype(hidden_BTD.dtype)
+        with jax.named_scope('embed'):
+            ahead_BTD = embedding_VD[ahead_BT].astype(hidden_BTD.dtype)
         x_BTD = ops.einsum(
             'BTd,dD->BTD',
             rms_norm(hidden_BTD, params['hidden_norm_D'], config.norm_eps),

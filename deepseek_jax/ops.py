@@ -11,26 +11,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 import pallas_kernels
 from deepseek_jax.config import PrecisionConfig
-from pallas_kernels import PAGE, ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
-from pallas_kernels.flash_mla.api import SAVED
-from pallas_kernels.fp8 import dequantize_blocks, rounded
+from pallas_kernels import E5M6, PAGE, ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
+from pallas_kernels.expert_ffn_fp8 import api as expert_ffn_fp8
+from pallas_kernels.flash_mla import api as flash_mla
+from pallas_kernels.fp8 import BLOCK, dequantize_blocks, rounded
 from pallas_kernels.implementation import hopper_cores
 
 QUANTIZED = 'quantized'
 """The name that float8 experts have in place of those of their masters."""
-KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
-"""Policy of a rematerialised function: of all that it computes, the results of attention are kept."""
+_KEPT = 'kept'
+KEEP = jax.checkpoint_policies.save_only_these_names(_KEPT, flash_mla.SAVED, expert_ffn_fp8.SAVED)
+"""Policy of a rematerialised block: what `keep` marks, the output of attention, and what SwiGLU of the experts reads."""
 
 
 class QTensor(NamedTuple):
     """A weight in float8, in blocks of 128x128 of its matrix (K inputs, N outputs), ready for every product.
 
     It stands in a parameter tree where the weight stood: stacked weights have a leading L axis in every field, and
-    functions over a scanned tree see one layer's. Gradients end here: there is no master.
+    functions over a scanned tree see one layer's. Gradients are those of the master, and end here if there is none.
 
     Attributes:
       values: e4m3, in the shape of the weight.
@@ -39,6 +42,7 @@ class QTensor(NamedTuple):
       transposed_scales: float32 (n, k).
       rounded: the weight itself, rounded to the dtype that products outside float8 read; None if they are to make do
         with `dequantize`.
+      master: the weight in float32, which float8 products do not read.
     """
 
     values: Array
@@ -46,6 +50,7 @@ class QTensor(NamedTuple):
     transposed_values: Array
     transposed_scales: Array
     rounded: Array | None = None
+    master: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,24 +70,33 @@ class QTensor(NamedTuple):
         return weight.astype(dtype).reshape(self.shape)
 
 
+def keep(values: Any) -> Any:
+    """The values, which a block that is rematerialised with `KEEP` keeps for its backward pass."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, _KEPT), values)
+
+
 def quantize(w: Float[Array, '*inputs_outputs'], inputs: int, precision: PrecisionConfig) -> QTensor:
     """One layer's weight in float8; its first `inputs` axes are those that its product contracts."""
     natural, transposed = quantize_blocks(_matrix(w, inputs), power_of_two=precision.power_of_two_scales)
     return QTensor(natural.values.reshape(w.shape), natural.scales, transposed.values, transposed.scales)
 
 
-def linear(equation: str, x: Array, w: Array | QTensor, precision: PrecisionConfig) -> Array:
+def linear(equation: str, x: Array, w: Array | QTensor, precision: PrecisionConfig, kept: E5M6 | None = None) -> Array:
     """A linear layer of the recipe, rounded once to the activations' dtype.
 
     `equation` is einsum's, with the contracted letters last in x and first in w: `'BTHU,HUD->BTD'`. Under 'fp8' output
     and gradients are products of float8 matrices and the backward pass keeps float8 only; a float32 weight's gradient
-    is float32. Under other recipes it is `einsum`.
+    is float32. Under other recipes it is `einsum`. `kept` is what `attention` kept of x.
     """
-    return linears(equation, x, (w,), precision)[0]
+    return linears(equation, x, (w,), precision, kept)[0]
 
 
 def linears(
-    equation: str, x: Array, weights: Sequence[Array | QTensor], precision: PrecisionConfig
+    equation: str,
+    x: Array,
+    weights: Sequence[Array | QTensor],
+    precision: PrecisionConfig,
+    kept: E5M6 | None = None,
 ) -> tuple[Array, ...]:
     """Linear layers of one input, as `linear`: `'BTD,DC,DR->BTC,BTR'`. Under 'fp8' they are one product."""
     inputs, outputs = equation.split('->')
@@ -93,19 +107,23 @@ def linears(
         return tuple(einsum(f'{x_letters},{letters}->{y}', x, w) for letters, y, w in triples)
     contracted = sum(letter not in y_letters[0] for letter in w_letters[0])
     rows, width = x.shape[:-contracted], math.prod(x.shape[-contracted:])
-    if isinstance(weights[0], QTensor):
-        masters, quantized = None, tuple(w.matrices() for w in weights)  # pyright: ignore[reportAttributeAccessIssue]
-    else:
-        masters, quantized = tuple(_matrix(w, contracted) for w in weights), None  # pyright: ignore[reportArgumentType]
-    products = linears_fp8(x.reshape(-1, width), masters, quantized, power_of_two=precision.power_of_two_scales)
+    masters = [w.master if isinstance(w, QTensor) else w for w in weights]
+    masters = None if masters[0] is None else tuple(_matrix(w, contracted) for w in masters)  # pyright: ignore
+    quantized = tuple(w.matrices() for w in weights) if isinstance(weights[0], QTensor) else None  # pyright: ignore
+    with jax.named_scope('linear'):
+        options = {'power_of_two': precision.power_of_two_scales, 'kept': kept}
+        products = linears_fp8(x.reshape(-1, width), masters, quantized, **options)
     return tuple(y_MN.reshape(*rows, *w.shape[contracted:]) for y_MN, w in zip(products, weights, strict=True))
 
 
+@jax.named_scope('linear')
 def einsum(equation: str, x: Array, w: Array | QTensor) -> Array:
     """A product of activations with a weight or with each other, rounded once to the activations' dtype."""
-    if isinstance(w, QTensor):
-        w = w.dequantize(x.dtype) if w.rounded is None else w.rounded
-    return jnp.einsum(equation, x, w.astype(x.dtype), precision=_precision(x.dtype))
+    with jax.named_scope('weights'):
+        if isinstance(w, QTensor):
+            w = w.dequantize(x.dtype) if w.rounded is None else w.rounded
+        w = w.astype(x.dtype)
+    return jnp.einsum(equation, x, w, precision=_precision(x.dtype))
 
 
 def einsum_fp32(equation: str, x: Array, y: Array) -> Array:
@@ -152,6 +170,7 @@ def _terms(x: Array, count: int) -> list[Array]:
     return terms
 
 
+@jax.named_scope('attend')
 def attention(
     q_BTHN: Float[Array, 'B T H N'],
     q_rope_BTHR: Float[Array, 'B T H R'],
@@ -161,18 +180,24 @@ def attention(
     scale: float,
     positions_BT: Int[Array, 'B T'] | None,
     segments_BT: Int[Array, 'B T'] | None,
-) -> Float[Array, 'B T H U']:
+    precision: PrecisionConfig,
+) -> tuple[Float[Array, 'B T H U'], E5M6 | None]:
     """`softmax(scale * (q k + q_rope k_rope)) v` over the keys up to each query's position, or in its segment.
 
     Without positions, query t sees the keys up to t. Scores are never kept for the backward pass, nor held for more than a
-    block of queries.
+    block of queries. Under 'fp8' that pass keeps the output in 12 bits a value, for its gradient and for that of the layer
+    that reads it, and returns that too: where there are no positions and H U is a multiple of 128.
     """
     if not q_BTHN.size:
-        return jnp.zeros((*q_BTHN.shape[:3], v_BSHU.shape[3]), v_BSHU.dtype)
+        return jnp.zeros((*q_BTHN.shape[:3], v_BSHU.shape[3]), v_BSHU.dtype), None
     inputs = q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU
-    return pallas_kernels.flash_mla(*inputs, scale=scale, segments_BT=segments_BT, positions_BT=positions_BT)[0]
+    if precision.recipe == 'fp8' and positions_BT is None and math.prod(v_BSHU.shape[2:]) % BLOCK == 0:
+        out_BTHU, _, kept = pallas_kernels.flash_mla_e5m6(*inputs, scale=scale, segments_BT=segments_BT)
+        return out_BTHU, kept
+    return pallas_kernels.flash_mla(*inputs, scale=scale, segments_BT=segments_BT, positions_BT=positions_BT)[0], None
 
 
+@jax.named_scope('attend')
 def latent_attention(
     q_BTHC: Float[Array, 'B T H C'],
     q_rope_BTHR: Float[Array, 'B T H R'],
@@ -216,6 +241,7 @@ def has_expert_ffn(precision: PrecisionConfig) -> bool:
     return precision.recipe == 'fp8' or (precision.recipe == 'bf16' and hopper_cores() is not None)
 
 
+@jax.named_scope('experts')
 def expert_ffn(
     params: Mapping[str, Any],
     x_MD: Float[Array, 'M D'],
@@ -227,20 +253,19 @@ def expert_ffn(
     """The routed experts of a layer by grouped kernels, where `has_expert_ffn` says so.
 
     Under 'fp8' every product is in float8, which is all that the backward pass keeps; `params` are the masters, or what
-    `quantize_experts` made of them.
+    `quantize_experts` made of them, or both: then the masters are not read and get the gradients.
     """
     if not x_MD.size:
         return x_MD
-    routes = pallas_kernels.routes(experts_MK, num_experts)
+    routes = keep(pallas_kernels.routes(experts_MK, num_experts))
     if precision.recipe == 'bf16':
         return pallas_kernels.expert_ffn_bf16(x_MD, gates_MK, routes, _masters(params))
-    quantized = params.get(QUANTIZED)
     return pallas_kernels.expert_ffn_fp8(
         x_MD,
         gates_MK,
         routes,
-        None if quantized else _masters(params),
-        quantized,
+        _masters(params) if 'w_up_EDF' in params else None,
+        params.get(QUANTIZED),
         power_of_two=precision.power_of_two_scales,
     )
 

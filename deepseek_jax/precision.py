@@ -4,7 +4,7 @@
   linear layers: attention projections,    fp32      bf16      e4m3, all three products; sums, weight gradients fp32
     dense FFN, shared and routed experts
   projection into the MTP module           fp32      bf16      bf16
-  attention core, activations, cache       fp32      bf16      bf16
+  attention core, activations, cache       fp32      bf16      bf16; the output is kept in 12 bits for the backward pass
   norms, softmax, router, logits           fp32      fp32      fp32
 
 The projection into the MTP module is a linear layer, and the report does not except it; the published checkpoints hold
@@ -12,8 +12,8 @@ it in bf16, as they hold everything that float8 does not compute. Decoding moves
 outputs, which is part of the attention core: bf16.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from deepseek_jax import names, ops, router
 from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.ops import QTensor
 
-__all__ = ['QTensor', 'compute_dtype', 'compute_params', 'is_float8']
+__all__ = ['Float8Copies', 'QTensor', 'compute_dtype', 'compute_params', 'is_float8']
 
 _COMPUTE_DTYPES = {'fp32': jnp.float32, 'bf16': jnp.bfloat16, 'fp8': jnp.bfloat16}
 _ABSORBED = ('w_uk_CHN', 'w_uv_CHU')
@@ -53,28 +53,76 @@ def compute_params(params: Mapping[str, Any], config: ModelConfig) -> dict[str, 
     """
     dtype = compute_dtype(config.precision)
 
-    def quantized(path: tuple[str, ...], leaf: Array) -> QTensor:
-        inputs = 2 if path[-1] == 'w_o_HUD' else 1
-        quantize = lambda w: ops.quantize(w, inputs, config.precision)  # noqa: E731
-        weight = jax.lax.map(quantize, leaf) if names.is_stacked(path) else quantize(leaf)
-        return weight._replace(rounded=leaf.astype(dtype)) if path[-1] in _ABSORBED else weight
-
     def round_once(path: tuple[str, ...], leaf: Array) -> Array | QTensor:
         name = path[-1]
         if is_float8(path, config.precision):
-            return quantized(path, leaf)
+            weight = _quantize(path, leaf, config)
+            return weight._replace(rounded=leaf.astype(dtype)) if name in _ABSORBED else weight
         rounded = name in ('embedding_VD', 'head_DV') or (name.startswith('w_') and name not in router.PARAMETER_NAMES)
         return leaf.astype(dtype) if rounded else leaf
 
-    def quantize_experts(tree: Any, path: tuple[str, ...] = ()) -> Any:
-        """The tree with each layer's experts in float8."""
-        if not isinstance(tree, Mapping):
-            return tree
-        if path[-1:] != ('experts',):
-            return {key: quantize_experts(child, (*path, key)) for key, child in tree.items()}
-        quantize = lambda experts: ops.quantize_experts(experts, config.precision)  # noqa: E731
-        return jax.lax.map(quantize, tree) if names.is_stacked(path) else quantize(tree)
-
     if config.precision.recipe == 'fp8':
-        params = quantize_experts(params)
+        params = _map_experts(lambda path, experts: _quantize_experts(path, experts, config), params)
     return names.map_with_names(round_once, params)
+
+
+class Float8Copies(NamedTuple):
+    """The weights that compute in float8, quantised. They go with their masters, which get the gradients.
+
+    Attributes:
+      tensors: a `QTensor` for each weight that is not a routed expert's, by its path.
+      experts: an `ExpertWeights` for each scope of routed experts, by its path, under the name that it has there.
+    """
+
+    tensors: dict[tuple[str, ...], QTensor]
+    experts: dict[tuple[str, ...], dict[str, Any]]
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any], config: ModelConfig) -> 'Float8Copies':
+        """Those of these masters: to be made once a step, whatever the number of microbatches. None under other recipes."""
+        copies = cls({}, {})
+        if config.precision.recipe != 'fp8':
+            return copies
+
+        def add_experts(path: tuple[str, ...], experts: Any) -> dict[str, Any]:
+            copies.experts[path] = _quantize_experts(path, experts, config)
+            return {}
+
+        def add(path: tuple[str, ...], leaf: Array) -> None:
+            if is_float8(path, config.precision):
+                copies.tensors[path] = _quantize(path, leaf, config)
+
+        names.map_with_names(add, _map_experts(add_experts, params))
+        return copies
+
+    def beside(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters that compute with these copies, and whose gradients are those of the masters `params`."""
+
+        def with_copy(path: tuple[str, ...], leaf: Any) -> Any:
+            return self.tensors[path]._replace(master=leaf) if path in self.tensors else leaf
+
+        return _map_experts(
+            lambda path, experts: {**experts, **self.experts.get(path, {})}, names.map_with_names(with_copy, params)
+        )
+
+
+@jax.named_scope('weights')
+def _quantize(path: tuple[str, ...], leaf: Array, config: ModelConfig) -> QTensor:
+    inputs = 2 if path[-1] == 'w_o_HUD' else 1
+    quantize = lambda w: ops.quantize(w, inputs, config.precision)  # noqa: E731
+    return jax.lax.map(quantize, leaf) if names.is_stacked(path) else quantize(leaf)
+
+
+@jax.named_scope('weights')
+def _quantize_experts(path: tuple[str, ...], experts: Mapping[str, Array], config: ModelConfig) -> dict[str, Any]:
+    quantize = lambda experts: ops.quantize_experts(experts, config.precision)  # noqa: E731
+    return jax.lax.map(quantize, experts) if names.is_stacked(path) else quantize(experts)
+
+
+def _map_experts(function: Callable[[tuple[str, ...], Any], Any], tree: Any, path: tuple[str, ...] = ()) -> Any:
+    """The tree with `function(path, experts)` in the place of every scope of routed experts."""
+    if not isinstance(tree, Mapping):
+        return tree
+    if path[-1:] == ('experts',):
+        return function(path, tree)
+    return {key: _map_experts(function, child, (*path, key)) for key, child in tree.items()}

@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from configs import loader
 from train import run
+from train.compilation import keep_programs
+from train.errors import TrainingError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,7 +20,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    """Runs the command line and returns the exit code: 2, with one line on standard error, for bad input."""
+    """Runs the command line and returns the exit code.
+
+    2, with one line on standard error, for bad input; 1, with one too, if training cannot go on.
+    """
     parser = _Parser(prog='python -m train', description=__doc__)
     parser.add_argument('--config', required=True, metavar='FILE.gin', help='the configuration to train')
     parser.add_argument(
@@ -32,8 +37,15 @@ def main() -> int:
         '--run-dir', metavar='DIR', help='where to write; the default is runs/NAME of the configuration'
     )
     parser.add_argument('--print', action='store_true', help='show the configuration and the counts, train nothing')
+    parser.add_argument(
+        '--profile',
+        type=int,
+        metavar='N',
+        help='take N steps by the clock and trace N more, show where their time goes, and stop there',
+    )
     options = parser.parse_args()
     began = time.monotonic()
+    keep_programs()
     try:
         loader.parse(options.config, options.set)
         result = loader.call(
@@ -41,13 +53,17 @@ def main() -> int:
             run_dir=options.run_dir or str(pathlib.Path('runs') / pathlib.Path(options.config).stem),
             config_text=loader.operative_config,
             print_only=options.print,
+            profile=options.profile,
         )
     except (ValueError, TypeError, OSError) as error:
         print(f'error: {error}'.partition('\n')[0], file=sys.stderr)
         return 2
-    if result is None:
+    except TrainingError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    if options.print:
         print(loader.operative_config(), end='')
-    else:
+    elif result is not None:
         print(
             f'{result.heldout_bits_per_byte:.4f} held-out bits a byte after step {result.step}, '
             f'{time.monotonic() - began:.0f} s',

@@ -9,7 +9,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from deepseek_jax.checkpoint import CHECKPOINTS, PARAMS, load_parts
 from deepseek_jax.config import check_types, require_positive
+from train.ema import Average, no_average
 from train.step import State
+
+_AVERAGE = 'average'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,23 +70,36 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: State, progress: Progress) -> None:
+    def save(self, state: State, progress: Progress, average: Average | None = None) -> None:
         """Begins to save; the arrays may be donated as soon as this returns. A step saved before is left alone."""
         if progress.step == self.latest_step:
             return
-        self._checkpointer.save_checkpointables_async(
-            progress.step,
-            {PARAMS: state.params, 'optimizer': state.optimizer, 'progress': dataclasses.asdict(progress)},
-        )
+        parts = _parts(state) | {'progress': dataclasses.asdict(progress)}
+        if average is not None:
+            parts[_AVERAGE] = average._asdict()
+        self._checkpointer.save_checkpointables_async(progress.step, parts)
 
     def restore(self, shapes: State) -> tuple[State, Progress]:
         """State and progress of the newest checkpoint. Raises `ValueError` if it is of another shape."""
         step = self.latest_step
         assert step is not None
-        loaded = load_parts(self._checkpointer, step, {PARAMS: shapes.params, 'optimizer': shapes.optimizer})
+        loaded = load_parts(self._checkpointer, step, _parts(shapes))
         progress = self._checkpointer.load_checkpointables(step, {'progress': None})['progress']
-        return State(loaded[PARAMS], loaded['optimizer']), Progress(**jax.tree.map(int, progress))
+        return State(*(loaded[part] for part in _parts(shapes))), Progress(**jax.tree.map(int, progress))
+
+    def restore_average(self, params: Any) -> Average | None:
+        """The average in the newest checkpoint, for parameters of these shapes, on the host; None if it has none."""
+        step = self.latest_step
+        if step is None or _AVERAGE not in self._checkpointer.checkpointables_metadata(step).metadata:
+            return None
+        # Arrays of numpy stand for themselves: what is loaded in their place never goes through the device.
+        return Average(**load_parts(self._checkpointer, step, {_AVERAGE: no_average(params)._asdict()})[_AVERAGE])
 
     def close(self) -> None:
         """Waits until what was begun is on disk."""
         self._checkpointer.close()
+
+
+def _parts(state: State) -> dict[str, Any]:
+    """The state as named parts of a checkpoint, in its order."""
+    return {PARAMS: state.params, 'optimizer': state.optimizer, 'guard': state.guard}

@@ -15,24 +15,33 @@ documents when documents are masked from each other, else 1 throughout; 0 is pad
 import contextlib
 import dataclasses
 import hashlib
+import inspect
+import json
 import math
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import grain
 import numpy as np
 import rich.console
 import rich.progress
+import tokenizers
 
+from deepseek_jax import tokenizer as tokenizer_lib
 from deepseek_jax.config import check_types
 from deepseek_jax.tokenizer import Tokenizer, load_tokenizer
+from train import sources, token_cache
 from train.sources import Document, Source
 
 Row = dict[str, np.ndarray]
 Progress = Callable[[int, int], None]  # documents so far, bytes of text so far
 
 CHUNK_CHARACTERS = 1 << 20
+PARTS = ('train', 'heldout')
 NUM_ENDLESS_ROWS = 1 << 48
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=256)
 
@@ -48,6 +57,7 @@ class DataConfig:
       mask_documents: whether a row's documents are masked from each other [5.1: fine-tuning does, pretraining not].
       fim_rate: share of the training documents, drawn anew each epoch, that become fill-in-the-middle examples
         (0.1 in the published pretraining [4.1]).
+      cache_dir: where tokenised text is kept for the next start, for sources that take minutes; None keeps none.
     """
 
     source: Source
@@ -55,6 +65,7 @@ class DataConfig:
     heldout_fraction: float = 0.02
     mask_documents: bool = False
     fim_rate: float = 0.0
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.source, type):
@@ -103,12 +114,29 @@ def load_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
     """The configured source, tokenised and split.
 
     `progress` is called with documents and bytes so far; without it a terminal shows them when it takes more than
-    two seconds. Raises `ValueError` for a source without documents, for a split that leaves a part empty, and for
-    fill-in-the-middle with a tokenizer that has no tokens for it.
+    two seconds. With `cache_dir` it is read from there if it was tokenised before: the same files, tokenizer, split
+    and code. Raises `ValueError` for a source without documents, for a split that leaves a part empty, for
+    fill-in-the-middle with a tokenizer that has no tokens for it, and for a cache of a source that is not dated.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     if config.fim_rate and tokenizer.fim_ids is None:
         raise ValueError(f'{config.fim_rate=} needs fill-in-the-middle tokens; {config.tokenizer!r} has none')
+    if config.cache_dir is None:
+        train, heldout = _tokenize(config, tokenizer, progress)
+    else:
+        folder = Path(config.cache_dir).expanduser() / _cache_key(config, tokenizer)
+        if (arrays := token_cache.read(folder)) is not None:
+            train, heldout = (_documents(arrays, part) for part in PARTS)
+        else:
+            train, heldout = _tokenize(config, tokenizer, progress)
+            token_cache.write(folder, {**_arrays(train, PARTS[0]), **_arrays(heldout, PARTS[1])})
+    return Corpus(config=config, tokenizer=tokenizer, train=train, heldout=heldout)
+
+
+def _tokenize(
+    config: DataConfig, tokenizer: Tokenizer, progress: Progress | None
+) -> tuple[TokenizedDocuments, TokenizedDocuments]:
+    """The training part and the held-out part."""
     byte_lengths = tokenizer.byte_lengths()
     bos, eos = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], np.uint32)
     names: dict[bool, list[str]] = {False: [], True: []}
@@ -138,7 +166,40 @@ def load_corpus(config: DataConfig, progress: Progress | None = None) -> Corpus:
         )
         for heldout in (False, True)
     ]
-    return Corpus(config=config, tokenizer=tokenizer, train=parts[0], heldout=parts[1])
+    return parts[0], parts[1]
+
+
+def _cache_key(config: DataConfig, tokenizer: Tokenizer) -> str:
+    """A digest of all that decides what `_tokenize` returns.
+
+    The code counts as it stands in the files: a version number would stay the same while it is worked on.
+    """
+    code = [inspect.getsource(module) for module in (sources, tokenizer_lib, sys.modules[__name__])]
+    with tempfile.TemporaryDirectory() as folder:
+        kind = tokenizer.save(folder)
+        files = [hashlib.blake2b(file.read_bytes()).hexdigest() for file in sorted(Path(folder).iterdir())]
+    parts = (sources.identity_of(config.source), config.heldout_fraction, kind, files, tokenizers.__version__, code)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def _arrays(documents: TokenizedDocuments, part: str) -> dict[str, np.ndarray]:
+    """What `token_cache` keeps of a part."""
+    return {
+        f'{part}_tokens': documents.tokens,
+        f'{part}_offsets': documents.offsets,
+        f'{part}_names': np.frombuffer(json.dumps(documents.names).encode(), np.uint8),
+        f'{part}_num_bytes': np.array(documents.num_bytes, np.int64),
+    }
+
+
+def _documents(arrays: Mapping[str, np.ndarray], part: str) -> TokenizedDocuments:
+    """The inverse of `_arrays`."""
+    return TokenizedDocuments(
+        tokens=arrays[f'{part}_tokens'],
+        offsets=arrays[f'{part}_offsets'],
+        names=tuple(json.loads(arrays[f'{part}_names'].tobytes())),
+        num_bytes=int(arrays[f'{part}_num_bytes']),
+    )
 
 
 class PackedRows:

@@ -37,8 +37,24 @@ class ObjectiveConfig:
             raise ValueError(f'ObjectiveConfig.balance_weight={self.balance_weight} must not be negative')
 
 
+class Totals(NamedTuple):
+    """What the sums over a batch are divided by; at least 1 each.
+
+    Attributes:
+      weight: of the next-token targets.
+      mtp_weights: of the targets of each prediction depth.
+      num_sequences: sequences.
+    """
+
+    weight: Float[Array, '']
+    mtp_weights: tuple[Float[Array, ''], ...]
+    num_sequences: int
+
+
 class Losses(NamedTuple):
     """The terms of the objective, and what else the step needs to know.
+
+    Of a part of a batch it holds the shares, which add up to the batch's.
 
     Attributes:
       loss: next-token cross-entropy, nats a weighted target.
@@ -55,12 +71,21 @@ class Losses(NamedTuple):
     load_LE: Int[Array, 'L E']
 
 
+def totals(batch: Mapping[str, Array], model: ds.ModelConfig) -> Totals:
+    """The totals of a whole batch, as `objective` takes it."""
+    segments = batch['segments']
+    mtp_weights = [_same_document(segments, k + 1).sum() for k in range(1, model.mtp_depth + 1)]
+    weight, *mtp_weights = (jnp.maximum(weight, 1.0) for weight in (batch['weights'].sum(), *mtp_weights))
+    return Totals(weight, tuple(mtp_weights), len(segments))
+
+
 def objective(
     params: Mapping[str, Any],
     batch: Mapping[str, Array],
     model: ds.ModelConfig,
     config: ObjectiveConfig,
     mtp_weight: Float[Array, ''] | float,
+    whole: Totals | None = None,
 ) -> tuple[Float[Array, ''], Losses]:
     """The loss to minimise, and its terms.
 
@@ -72,13 +97,16 @@ def objective(
       model: the model.
       config: weights of the terms.
       mtp_weight: lambda; the modules run whatever its value.
+      whole: totals of the batch that this one is a part of: all that is returned, gradients too, is then the part's
+        share. None: the batch is whole.
     """
+    whole = totals(batch, model) if whole is None else whole
     tokens, segments = batch['tokens'], batch['segments']
     length = tokens.shape[1] - 1
     ahead_LBT = tokens_ahead(tokens, length, model.mtp_depth) if model.mtp_depth else None
     states = ds.states(params, tokens[:, :-1], model, segments[:, :-1], ahead_LBT)
     nats = cross_entropy(states.hidden_BTD, params['head_DV'], tokens[:, 1:], batch['weights'], config, model)
-    loss = nats / jnp.maximum(batch['weights'].sum(), 1.0)
+    loss = nats / whole.weight
     mtp_loss = jnp.zeros(())
     for k in range(1, model.mtp_depth + 1):
         assert states.mtp_LBTD is not None
@@ -86,12 +114,14 @@ def objective(
         weights = jnp.pad(_same_document(segments, k + 1), pad)
         targets = jnp.pad(tokens[:, k + 1 :], pad)
         total = cross_entropy(states.mtp_LBTD[k - 1], params['head_DV'], targets, weights, config, model)
-        mtp_loss += total / jnp.maximum(weights.sum(), 1.0) / model.mtp_depth
-    balance_loss = states.balance_loss_L.sum()
+        mtp_loss += total / whole.mtp_weights[k - 1] / model.mtp_depth
+    # A mean over the batch's sequences, so a part counts by how many of them it has.
+    balance_loss = states.balance_loss_L.sum() * (len(tokens) / whole.num_sequences)
     total = loss + mtp_weight * mtp_loss + config.balance_weight * balance_loss
     return total, Losses(loss, mtp_loss, balance_loss, nats, states.load_LE)
 
 
+@jax.named_scope('loss')
 def cross_entropy(
     hidden_BTD: Float[Array, 'B T D'],
     head_DV: Float[Array, 'D V'],

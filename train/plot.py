@@ -27,6 +27,19 @@ def _training(axes: Axes, steps: list[dict[str, Any]]) -> None:
     axes.set(title='training loss', xlabel='step', ylabel='nats a token')
     if not steps:
         return
+    skipped = [line['step'] for line in steps if 'skipped' in line]
+    if skipped:
+        y = np.full(len(skipped), 0.01)
+        axes.plot(skipped, y, '|', color='tab:red', transform=axes.get_xaxis_transform(), label='skipped')
+    # The loss of a skipped step need not be a number, and one that is none would spoil the mean of many.
+    taken = [line for line in steps if 'skipped' not in line]
+    if taken:
+        _losses(axes, taken)
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _losses(axes: Axes, steps: list[dict[str, Any]]) -> None:
     x, y = np.array([line['step'] for line in steps]), np.array([line['loss'] for line in steps])
     axes.plot(x, y, color='tab:blue', alpha=0.3, linewidth=0.8)
     window = max(1, len(y) // 50)
@@ -35,8 +48,6 @@ def _training(axes: Axes, steps: list[dict[str, Any]]) -> None:
     if any(line['mtp_loss'] for line in steps):
         mtp = np.convolve([line['mtp_loss'] for line in steps], np.ones(window) / window, mode='valid')
         axes.plot(x[window - 1 :], mtp, color='tab:orange', label='multi-token')
-    axes.legend()
-    axes.grid(alpha=0.3)
 
 
 def _heldout(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
@@ -46,6 +57,11 @@ def _heldout(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
     x, y = zip(*((line['step'], line['heldout_bits_per_byte']) for line in evaluations), strict=True)
     axes.plot(x, y, color='tab:green', marker='o', markersize=3)
     axes.annotate(f'{y[-1]:.3f}', (x[-1], y[-1]), textcoords='offset points', xytext=(-10, 8))
+    averaged = [line for line in evaluations if 'heldout_ema_bits_per_byte' in line]
+    if averaged:
+        x, y = zip(*((line['step'], line['heldout_ema_bits_per_byte']) for line in averaged), strict=True)
+        axes.plot(x, y, color='tab:purple', marker='o', markersize=3, label='averaged parameters')
+        axes.legend()
     axes.grid(alpha=0.3)
 
 

@@ -11,15 +11,20 @@ from jaxtyping import Array
 
 import deepseek_jax as ds
 from deepseek_jax import router
-from train.loss import Losses, ObjectiveConfig, objective
+from deepseek_jax.precision import Float8Copies
+from train import guard as guard_lib
+from train.guard import GuardConfig, GuardState, Verdict
+from train.loss import Losses, ObjectiveConfig, objective, totals
 from train.optimizer import OptimizerConfig, make_optimizer
 
 
 class State(NamedTuple):
-    """What a step changes: parameters (float32 masters, routers' biases included) and the optimizer's moments."""
+    """What a step changes: parameters (float32 masters, routers' biases included), the optimizer's moments, and the
+    history that steps are judged by."""
 
     params: Any
     optimizer: Any
+    guard: GuardState
 
 
 class Hyperparameters(NamedTuple):
@@ -31,20 +36,22 @@ class Hyperparameters(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step measured; the losses are those before the update."""
+    """What a step measured, and whether it was taken; the losses are those before the update."""
 
     losses: Losses
     grad_norm: Array
+    verdict: Verdict
 
 
-def init_state(key: Array, model: ds.ModelConfig, optimizer: OptimizerConfig) -> State:
-    """Random parameters and zero moments."""
+def init_state(
+    key: Array, model: ds.ModelConfig, optimizer: OptimizerConfig, guard: GuardConfig = guard_lib.DEFAULT
+) -> State:
+    """Random parameters, zero moments, no history."""
     params = ds.init(key, model)
-    return State(params, jax.jit(make_optimizer(optimizer).init)(params))
+    return State(params, jax.jit(make_optimizer(optimizer).init)(params), guard_lib.no_history(guard))
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'optimizer', 'config'), donate_argnums=0)
-def train_step(
+def step(
     state: State,
     batch: Mapping[str, Array],
     values: Hyperparameters,
@@ -52,17 +59,76 @@ def train_step(
     model: ds.ModelConfig,
     optimizer: OptimizerConfig,
     config: ObjectiveConfig,
+    guard: GuardConfig = guard_lib.DEFAULT,
+    microbatch_size: int | None = None,
 ) -> tuple[State, StepMetrics]:
-    """Gradient, clip and Adam, weight decay, then the routers' biases from the load of the whole batch [2.1.2]."""
+    """Gradient, clip and Adam, weight decay, then the routers' biases from the load of the whole batch [2.1.2].
 
-    def loss(params: Any) -> tuple[Array, Losses]:
-        return objective(params, batch, model, config, values.mtp_weight)
-
-    gradients, losses = jax.grad(loss, has_aux=True)(state.params)
+    A bad step (`train.guard`) changes nothing but the count of those in a row.
+    """
+    gradients, loss, losses = batch_gradients(state.params, batch, values.mtp_weight, model, config, microbatch_size)
+    grad_norm = optax.tree.norm(gradients)
+    verdict, history = guard_lib.judge(state.guard, loss, grad_norm, guard)
     directions, optimizer_state = make_optimizer(optimizer).update(gradients, state.optimizer, state.params)
-    params = jax.tree.map(lambda leaf, step: leaf - values.learning_rate * step, state.params, directions)
+    params = jax.tree.map(lambda leaf, way: leaf - values.learning_rate * way, state.params, directions)
     params = update_router_biases(params, losses.load_LE, values.bias_rate, model)
-    return State(params, optimizer_state), StepMetrics(losses, optax.tree.norm(gradients))
+    params, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(verdict.accepted, new, old), (params, optimizer_state), state[:2]
+    )
+    return State(params, optimizer_state, history), StepMetrics(losses, grad_norm, verdict)
+
+
+def jit_step(shardings: State | None = None) -> jax.stages.Wrapped:
+    """`step` under `jax.jit`, its state given away; with `shardings`, the new state lies where they say."""
+    static = ('model', 'optimizer', 'config', 'guard', 'microbatch_size')
+    return jax.jit(step, static_argnames=static, donate_argnums=0, out_shardings=(shardings, None))
+
+
+train_step = jit_step()
+
+
+def batch_gradients(
+    params: Any,
+    batch: Mapping[str, Array],
+    mtp_weight: Array | float,
+    model: ds.ModelConfig,
+    config: ObjectiveConfig,
+    microbatch_size: int | None,
+) -> tuple[Any, Array, Losses]:
+    """The gradient of the objective over a batch, its value, and its terms.
+
+    With a microbatch size, activations of that many sequences exist at a time, and the gradients of such parts add up
+    in float32 to that of the batch: each part's terms are divided by what the whole batch's are. The size must divide
+    the batch's.
+    """
+    # Outside the scan: what is computed once a step, whatever the number of parts.
+    whole = totals(batch, model)
+    copies = Float8Copies.of(params, model)
+
+    def share(part: Mapping[str, Array]) -> tuple[Any, tuple[Array, Losses]]:
+        loss = lambda params: objective(copies.beside(params), part, model, config, mtp_weight, whole)  # noqa: E731
+        values, gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return gradients, values
+
+    def add(gradients: Any, part: Mapping[str, Array]) -> tuple[Any, tuple[Array, Losses]]:
+        more, values = share(part)
+        return jax.tree.map(jnp.add, gradients, more), values
+
+    if microbatch_size in (None, whole.num_sequences):
+        gradients, (loss, losses) = share(batch)
+    else:
+        parts = microbatches(batch, microbatch_size)
+        gradients, shares = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+        loss, losses = jax.tree.map(lambda values: values.sum(axis=0), shares)
+    return gradients, loss, losses
+
+
+def microbatches(batch: Mapping[str, Array], size: int) -> dict[str, Array]:
+    """The rows of a batch in n parts of `size`, along a new leading axis: part i holds rows i, i + n, i + 2n, ...
+
+    Where each device holds a stretch of the rows, it has its share of every such part already.
+    """
+    return {name: rows.reshape(size, -1, *rows.shape[1:]).swapaxes(0, 1) for name, rows in batch.items()}
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'config'))
@@ -85,4 +151,4 @@ def update_router_biases(params: Any, load_LE: Array, rate: Array | float, model
 
 def as_batch(rows: Mapping[str, Any]) -> dict[str, jax.Array]:
     """A batch of numpy rows on the device."""
-    return {name: jnp.asarray(values) for name, values in rows.items()}
+    return jax.device_put(dict(rows))

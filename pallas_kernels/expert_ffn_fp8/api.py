@@ -2,14 +2,14 @@
 
   x        rows of tokens, quantised once and moved as float8        1x128
   gate_up  = x @ [w_gate, w_up]                                     bf16; kept as float8, 1x128
-  h        = gate * silu(gate_up[gate half]) * gate_up[up half]      bf16, quantised at once: 1x128, and 128 tokens
+  h        = gate * silu(gate_up[gate half]) * gate_up[up half]      bf16, quantised at once: 1x128
   y        = h @ w_down                                             bf16
   out      = sum over a token's experts of y                        float32, rounded once
 
 The gates enter before the last product and not after it, which is the same sum: the gradient that goes back through the
 products is then that of `out` itself, quantised once a token and moved as float8 like x, and no y needs to be kept for the
-gates' gradients. Kept for the backward pass are float8 matrices: x before it was moved, gate_up, h by tiles of tokens, and
-the weights. Gradients of weights are float32 and were never rounded; what they contract, x and the gradient of out, is
+gates' gradients. Kept for the backward pass are float8 matrices: x before it was moved, gate_up, and the weights; h is computed
+again, from the float8 gate_up, and quantised by tiles of tokens. Gradients of weights are float32 and were never rounded; what they contract, x and the gradient of out, is
 requantised along tokens from the float8 rows.
 """
 
@@ -18,15 +18,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.fp8 import BLOCK
+from pallas_kernels.fp8 import BLOCK, Quantized, dequantize_rows, rounded
 from pallas_kernels.grouped_gemm_fp8.api import grouped_gemm_fp8, grouped_wgrad_fp8
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.linear_fp8.api import QuantizedWeight
 from pallas_kernels.quantize_fp8.api import quantize_blocks, quantize_rows, requantize_columns
 from pallas_kernels.routes import Routes, combine, permute, permute_vector
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize, swiglu_quantize_backward
+
+SAVED = 'expert_ffn'  # name of what is kept of gate_up for policies of `jax.checkpoint`: its product need not run again
 
 
 class ExpertWeights(NamedTuple):
@@ -148,17 +151,18 @@ def _forward(
     x = quantize_rows(x_TD, **call.options)
     gate_up_MG = multiply(permute(x, routes.token_M), quantized.gate_up.transposed, sizes_E)
     gate_M = permute_vector(gates_TK, routes)
-    hidden, hidden_columns = swiglu_quantize(gate_up_MG, gate_M, columns=keep and bool(call.dtypes), **call.options)
+    hidden, _ = swiglu_quantize(gate_up_MG, gate_M, columns=False, **call.options)
     y_MD = multiply(hidden, quantized.down.transposed, sizes_E)
     out_TD = combine(y_MD, routes.row_TK, x_TD.dtype)
     if not keep:
         return out_TD, None
     gate_up = quantize_rows(gate_up_MG, **call.options)
-    return out_TD, (x, gate_up, hidden_columns, gate_M, quantized.gate_up.natural, quantized.down.natural, routes)
+    gate_up = Quantized(*(checkpoint_name(leaf, SAVED) for leaf in gate_up))
+    return out_TD, (x, gate_up, gate_M, quantized.gate_up.natural, quantized.down.natural, routes)
 
 
 def _backward(call: _Call, residuals: tuple, d_out_TD: Array) -> tuple:
-    x, gate_up, hidden_columns, gate_M, w_gate_up, w_down, routes = residuals
+    x, gate_up, gate_M, w_gate_up, w_down, routes = residuals
     sizes_E, multiply = routes.group_sizes_E, functools.partial(grouped_gemm_fp8, implementation=call.implementation)
     d_out = permute(quantize_rows(d_out_TD, **call.options), routes.token_M)
     d_hidden_MP = multiply(d_out, w_down, sizes_E)
@@ -176,6 +180,9 @@ def _backward(call: _Call, residuals: tuple, d_out_TD: Array) -> tuple:
     by_tokens = functools.partial(requantize_columns, **call.options)
     x_columns = by_tokens(permute(x, routes.token_M))
     d_gate_EDP, d_up_EDP = (wgrad(x_columns, d_columns, sizes_E) for d_columns in d_gate_up_columns)
+    gate_up_MG = rounded(dequantize_rows(gate_up), d_out_TD.dtype)
+    _, hidden_columns = swiglu_quantize(gate_up_MG, gate_M, **call.options)
+    assert hidden_columns is not None
     d_down_EPD = wgrad(hidden_columns, by_tokens(d_out), sizes_E)
     F = call.width
     gradients = d_gate_EDP[..., :F], d_up_EDP[..., :F], d_down_EPD[:, :F]

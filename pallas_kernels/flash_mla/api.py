@@ -8,7 +8,9 @@ width of a value.
 """
 
 import functools
+import math
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,11 @@ from jaxtyping import Array, Float, Float32, Int
 from pallas_kernels.flash_mla import reference, sm90
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, of_documents, of_positions
+from pallas_kernels.fp8 import BLOCK
 from pallas_kernels.implementation import Implementation, choose
+from pallas_kernels.quantize_fp8.api import E5M6, dequantize_e5m6, quantize_e5m6
 
-SAVED = 'flash_mla'  # name of both results for policies of `jax.checkpoint`: a pass that keeps them need not run again
+SAVED = 'flash_mla'  # name of what is kept of both results for policies of `jax.checkpoint`: a pass that keeps them need not run again
 
 
 def flash_mla(
@@ -56,12 +60,39 @@ def flash_mla(
     """
     x = Inputs(q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU)
     _check(x, scale, segments_BT, positions_BT)
-    sight = None
-    if segments_BT is not None:
-        sight = of_documents(segments_BT)
-    elif positions_BT is not None:
-        sight = of_positions(positions_BT, k_BSHN.shape[1])
-    return _attend(scale, choose('flash_mla', implementation, lambda: sm90.refusal(x)), x, sight)
+    call = _Call(scale, choose('flash_mla', implementation, lambda: sm90.refusal(x)), keep_e5m6=False)
+    out_BTHU, lse_BHT, _ = _attend(call, x, _sight(x, segments_BT, positions_BT))  # pyright: ignore[reportGeneralTypeIssues]
+    return out_BTHU, lse_BHT
+
+
+def flash_mla_e5m6(
+    q_BTHN: Float[Array, 'B T H N'],
+    q_rope_BTHR: Float[Array, 'B T H R'],
+    k_BSHN: Float[Array, 'B S H N'],
+    k_rope_BSR: Float[Array, 'B S R'],
+    v_BSHU: Float[Array, 'B S H U'],
+    *,
+    scale: float,
+    segments_BT: Int[Array, 'B T'] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, 'B T H U'], Float32[Array, 'B H T'], E5M6]:
+    """Returns what `flash_mla` does, and the output in 12 bits a value, which is what the backward pass keeps of it.
+
+    It is a matrix of tokens, (B T, H U), for the layer that reads the output to keep as well [DeepSeek-V3, 3.3.3]. No
+    gradient goes through it. Arguments and errors are those of `flash_mla`; H U must be a multiple of 128.
+    """
+    x = Inputs(q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU)
+    _check(x, scale, segments_BT, None)
+    if (width := math.prod(v_BSHU.shape[2:])) % BLOCK:
+        raise ValueError(f'flash_mla_e5m6: H U = {width} must be a multiple of {BLOCK}')
+    call = _Call(scale, choose('flash_mla', implementation, lambda: sm90.refusal(x)), keep_e5m6=True)
+    return _attend(call, x, _sight(x, segments_BT, None))  # pyright: ignore[reportReturnType]
+
+
+def _sight(x: Inputs, segments: Array | None, positions: Array | None) -> Sight | None:
+    if segments is not None:
+        return of_documents(segments)
+    return None if positions is None else of_positions(positions, x.k_BSHN.shape[1])
 
 
 def _check(x: Inputs, scale: float, segments: Array | None, positions: Array | None) -> None:
@@ -101,21 +132,37 @@ def module(chosen: Implementation) -> ModuleType:
     return reference if chosen == 'reference' else sm90
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale: float, chosen: Implementation, x: Inputs, sight: Sight | None) -> tuple[Array, Array]:
-    return module(chosen).forward(x, sight, scale)
+class _Call(NamedTuple):
+    """What is known about a call before it runs."""
+
+    scale: float
+    chosen: Implementation
+    keep_e5m6: bool
 
 
-def _forward(scale: float, chosen: Implementation, x: Inputs, sight: Sight | None) -> tuple[tuple[Array, Array], tuple]:
-    out_BTHU, lse_BHT = (checkpoint_name(y, SAVED) for y in module(chosen).forward(x, sight, scale))
-    return (out_BTHU, lse_BHT), (x, sight, out_BTHU, lse_BHT)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, x: Inputs, sight: Sight | None) -> tuple[Array, Array, E5M6 | None]:
+    return _forward(call, x, sight)[0]
 
 
-def _backward(
-    scale: float, chosen: Implementation, saved: tuple, d_results: tuple[Array, Array]
-) -> tuple[Inputs, None]:
-    x, sight, out_BTHU, lse_BHT = saved
-    return module(chosen).backward(x, sight, scale, out_BTHU, lse_BHT, *d_results), None
+def _forward(call: _Call, x: Inputs, sight: Sight | None) -> tuple[tuple[Array, Array, E5M6 | None], tuple]:
+    out_BTHU, lse_BHT = module(call.chosen).forward(x, sight, call.scale)
+    lse_BHT = checkpoint_name(lse_BHT, SAVED)
+    if not call.keep_e5m6:
+        out_BTHU = checkpoint_name(out_BTHU, SAVED)
+        return (out_BTHU, lse_BHT, None), (x, sight, out_BTHU, lse_BHT)
+    rows_MK = out_BTHU.reshape(math.prod(out_BTHU.shape[:2]), -1)
+    packed = quantize_e5m6(rows_MK, implementation=call.chosen)
+    packed = jax.tree.map(lambda leaf: checkpoint_name(leaf, SAVED), packed)
+    return (out_BTHU, lse_BHT, packed), (x, sight, packed, lse_BHT)
+
+
+def _backward(call: _Call, saved: tuple, d_results: tuple[Array, Array, Any]) -> tuple[Inputs, None]:
+    x, sight, out, lse_BHT = saved
+    d_out_BTHU, d_lse_BHT, _ = d_results
+    if call.keep_e5m6:
+        out = dequantize_e5m6(out, dtype=d_out_BTHU.dtype).reshape(d_out_BTHU.shape)
+    return module(call.chosen).backward(x, sight, call.scale, out, lse_BHT, d_out_BTHU, d_lse_BHT), None
 
 
 _attend.defvjp(_forward, _backward)

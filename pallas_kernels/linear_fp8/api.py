@@ -4,7 +4,8 @@
   dx = dy @ w.T    dy in tiles of 1x128 along N,                 the same bytes of w, transposed
   dw = x.T @ dy    x and dy quantised anew, in tiles of 128 tokens; the result stays float32
 
-What the backward pass keeps is float8: x in tiles of tokens, and w. Neither x nor w is kept in its own format.
+What the backward pass keeps is float8: x in tiles of tokens, and w. Neither x nor w is kept in its own format. An x that is
+kept in 12 bits anyway is quantised from those.
 
 Weights that share their input share its quantisation and the three products. Their bytes are laid side by side along N,
 each from a new block of 128 on, so that the tiles are those of the weights apart:
@@ -27,7 +28,10 @@ from pallas_kernels.fp8 import BLOCK, Quantized, round_up
 from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.quantize_fp8.api import (
+    E5M6,
+    dequantize_e5m6,
     quantize_blocks,
+    quantize_columns,
     quantize_rows,
     quantize_rows_and_columns,
 )
@@ -92,34 +96,45 @@ def linears_fp8(
     weights: tuple[Array, ...] | None,
     quantized: tuple[tuple[Quantized, Quantized], ...] | None = None,
     *,
+    kept: E5M6 | None = None,
     power_of_two: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'M _'], ...]:
     """Returns `x @ w` for each weight, from one quantisation of x and one product. Otherwise as `linear_fp8`.
 
     'pallas' serves widths that are multiples of 64. Widths that are no multiples of 128 cost least as the last one.
+
+    Args beside those of `linear_fp8`:
+      kept: x in 12 bits a value, if something else keeps it for the backward pass: nothing more of x is kept then, and the
+        weights' gradients are products with what it stands for.
     """
     if weights is None and quantized is None:
         raise ValueError('linear_fp8: without a weight there must be a quantised one')
     copies = None if quantized is None else tuple(QuantizedWeight(*copy) for copy in quantized)
     _check(x_MK, weights, copies)
+    if kept is not None and kept.high_MK.shape != x_MK.shape:
+        raise ValueError(
+            f'linear_fp8: x is {x_MK.shape} and what is kept of it {kept.high_MK.shape}: they must be the same'
+        )
     dtypes = () if weights is None else tuple(w_KN.dtype for w_KN in weights)
-    return _linears(_Call(dtypes, power_of_two, implementation), x_MK, weights, copies)  # pyright: ignore
+    return _linears(_Call(dtypes, power_of_two, implementation), x_MK, weights, copies, kept)  # pyright: ignore
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linears(call: _Call, x_MK: Array, weights: tuple | None, copies: tuple | None) -> tuple[Array, ...]:
+def _linears(
+    call: _Call, x_MK: Array, weights: tuple | None, copies: tuple | None, kept: E5M6 | None
+) -> tuple[Array, ...]:
     copies = _copies(call, weights, copies)
     rows = quantize_rows(x_MK, **call.options)
     return _output(call, rows, copies, x_MK.dtype)
 
 
-def _forward(call: _Call, x_MK: Array, weights: tuple | None, copies: tuple | None):
+def _forward(call: _Call, x_MK: Array, weights: tuple | None, copies: tuple | None, kept: E5M6 | None):
     copies = _copies(call, weights, copies)
-    if call.weight_dtypes:
+    if call.weight_dtypes and kept is None:
         rows, columns = quantize_rows_and_columns(x_MK, **call.options)
     else:
-        rows, columns = quantize_rows(x_MK, **call.options), None
+        rows, columns = quantize_rows(x_MK, **call.options), kept
     natural = tuple(copy.natural for copy in copies)
     return _output(call, rows, copies, x_MK.dtype), (columns, natural)
 
@@ -135,10 +150,13 @@ def _backward(call: _Call, residuals: tuple, d_outputs: tuple[Array, ...]):
     joined = Quantized(values_KN, _concatenate([w.scales for w in natural], 1))
     d_x_MK = gemm_fp8(d_rows, joined, out_dtype=d_MN.dtype, implementation=call.implementation)
     if d_columns is None:
-        return d_x_MK, None, None
+        return d_x_MK, None, None, None
+    if isinstance(columns, E5M6):
+        columns = quantize_columns(dequantize_e5m6(columns, dtype=d_MN.dtype), **call.options)
     d_w_KN = wgrad_fp8(columns, d_columns, implementation=call.implementation)
     d_weights = _apart(d_w_KN, [w.values.shape[1] for w in natural])
-    return d_x_MK, tuple(d.astype(dtype) for d, dtype in zip(d_weights, call.weight_dtypes, strict=True)), None
+    d_weights = tuple(d.astype(dtype) for d, dtype in zip(d_weights, call.weight_dtypes, strict=True))
+    return d_x_MK, d_weights, None, None
 
 
 _linears.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ import pytest
 from configs import loader
 from deepseek_jax import config, flops
 from tests.conftest import ROOT
-from train import __main__, run, schedule
+from train import __main__, run, schedule, sources
 
 CONFIGS = ROOT / 'configs'
 MODELS = sorted(path.stem for path in (CONFIGS / 'model').glob('*.gin'))
@@ -74,7 +74,8 @@ def own_and_parts(path: Path) -> set[str]:
 
 def test_the_project_comes_with_these_files():
     assert {'tiny_cpu', 'v3_671b', 'v3_671b_32k', 'v3_671b_128k'} <= set(RUNS)
-    assert {'tiny', 'small', 'v3_671b'} <= set(MODELS)
+    assert {'small_h100', 'v2_lite_h100', 'v3_slice_h100'} <= set(RUNS)
+    assert {'tiny', 'small', 'small_h100', 'v3_slice', 'v3_671b'} <= set(MODELS)
 
 
 @pytest.mark.parametrize('name', RUNS)
@@ -168,6 +169,55 @@ def test_tiny_run_fits_a_small_machine(resolved):
     assert arguments['data'].tokenizer == 'bytes'
 
 
+H100_RUNS = ('small_h100', 'v2_lite_h100', 'v3_slice_h100')
+
+
+@pytest.mark.parametrize('name', H100_RUNS)
+def test_runs_for_one_gpu_have_widths_that_the_kernels_serve(resolved, name):
+    model = resolved[name][0]['model']
+    mla, moe = model.mla, model.moe
+    assert (mla.nope_head_dim, mla.rope_head_dim, mla.value_head_dim) == (128, 64, 128)
+    widths = (model.model_dim, model.dense_ffn_dim, mla.kv_rank, mla.query_rank or 128, moe.ffn_dim)
+    assert [width for width in widths if width % 128] == []
+
+
+@pytest.mark.parametrize('name', H100_RUNS)
+def test_runs_for_one_gpu_leave_memory_for_activations(resolved, name):
+    """Of 80 GB: float32 masters and gradients (twice if they are added up), bfloat16 moments, float8 weights twice."""
+    arguments = resolved[name][0]
+    counts = flops.count_parameters(arguments['model'])
+    parts = arguments['batch_size'] // arguments['microbatch_size']
+    size = 4 + 2 + 2 + 4 * (1 + (parts > 1)) + 2
+    assert (counts.total + counts.mtp) * size < 65e9
+
+
+@pytest.mark.parametrize('name', H100_RUNS)
+def test_runs_for_one_gpu_take_their_microbatch_from_a_macro_and_their_text_from_the_machine(resolved, name):
+    arguments = resolve(CONFIGS / 'train' / f'{name}.gin', 'BATCH_SIZE = 24', 'MICROBATCH = 6')[0]
+    assert arguments['microbatch_size'] == 6
+    assert arguments['data'].source == sources.InstalledPython()
+    assert arguments['data'].cache_dir is not None
+    assert arguments['model'].remat == 'paper'
+    assert resolved[name][0]['model'].precision.recipe == 'fp8'
+
+
+def test_slice_has_the_widths_of_the_671b_model(resolved):
+    piece, whole = (resolved[name][0]['model'] for name in ('v3_slice_h100', 'v3_671b'))
+    shorter = {'num_layers': piece.num_layers, 'num_dense_layers': piece.num_dense_layers, 'remat': piece.remat}
+    experts = dataclasses.replace(whole.moe, num_experts=piece.moe.num_experts, num_groups=1, top_groups=1)
+    assert piece == dataclasses.replace(whole, moe=experts, **shorter)
+    assert (piece.num_dense_layers, piece.num_moe_layers, piece.mtp_depth) == (1, 2, 1)
+
+
+def test_v2_lite_run_is_the_published_shape_but_for_what_its_head_says(resolved, models):
+    cut = {'num_layers': 5, 'vocab_size': 129280, 'dense_ffn_dim': 11008, 'remat': 'paper'}
+    head = (CONFIGS / 'train' / 'v2_lite_h100.gin').read_text().partition('from __gin__')[0].replace(',', '')
+    for word in ('5 of its 27 layers', '129280', '11008'):
+        assert word in head
+    whole = dataclasses.replace(models['v2_lite_shape'][0], precision=resolved['v2_lite_h100'][0]['model'].precision)
+    assert resolved['v2_lite_h100'][0]['model'] == dataclasses.replace(whole, **cut)
+
+
 @pytest.fixture(scope='module')
 def models(tmp_path_factory) -> dict[str, tuple[config.ModelConfig, str]]:
     """Every file of configs/model, with the macros that its head says it needs."""
@@ -200,6 +250,8 @@ def test_every_binding_of_a_model_file_is_used_and_every_field_is_bound(models, 
         ('v2_lite_shape', '15.7 B parameters', '2.4 B active'),
         ('moonlight_16b', '16 B parameters', '3 B active'),
         ('small', '0.55 B parameters', '0.18 B of them active'),
+        ('small_h100', '0.53 B parameters', '0.17 B of them active'),
+        ('v3_slice', '3.60 B parameters', '2.68 B of them active'),
         ('tiny', 'model of 2 M parameters', ''),
     ],
 )

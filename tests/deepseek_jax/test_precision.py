@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import importlib
 import math
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import deepseek_jax as ds
 from deepseek_jax import names, ops, sharding
-from deepseek_jax.precision import QTensor, compute_dtype, compute_params, is_float8
+from deepseek_jax.precision import Float8Copies, QTensor, compute_dtype, compute_params, is_float8
 from deepseek_jax.tokenizer import ByteTokenizer
 from infer.engine import Engine
 from infer.request import Request, SamplingParams
@@ -176,6 +177,31 @@ def test_every_parameter_has_a_gradient_and_those_of_float8_weights_are_not_roun
             assert not rounded, path
         elif path[-1].startswith('w_') and 'router' not in path:
             assert rounded, f'{path}: bf16 products give bf16 gradients'
+
+
+@pytest.mark.parametrize('config', [DENSE, MOE], ids=['dense', 'moe'])
+def test_copies_beside_masters_give_their_gradients_without_quantising_again(config, monkeypatch):
+    @jax.jit
+    def gradients_beside(params, copies):
+        return jax.grad(lambda params: loss(copies.beside(params), tokens(config), config))(params)
+
+    copies = jax.jit(functools.partial(Float8Copies.of, config=config))(drawn(config))
+    refuse = lambda *_, **__: pytest.fail('a weight was quantised again')  # noqa: E731
+    for operation in ('linear_fp8', 'expert_ffn_fp8'):
+        monkeypatch.setattr(importlib.import_module(f'pallas_kernels.{operation}.api'), 'quantize_blocks', refuse)
+    ours, theirs = gradients_beside(drawn(config), copies), gradients(config)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert x.dtype == jnp.float32
+        # Other fusions round bf16 elsewhere.
+        assert not np.any(y) or difference(x, y) < 1e-2
+
+
+def test_other_recipes_have_no_float8_copies():
+    config = changed(MOE, precision=BF16)
+    copies = Float8Copies.of(drawn(config), config)
+    assert copies == Float8Copies({}, {})
+    assert jax.tree.structure(copies.beside(drawn(config))) == jax.tree.structure(drawn(config))
 
 
 def test_unrolled_scan_and_recomputation_leave_fp8_gradients_alone():

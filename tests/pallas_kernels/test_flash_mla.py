@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.bench import checks
 from pallas_kernels.flash_mla import reference, sight, sm90
-from pallas_kernels.flash_mla.api import SAVED, flash_mla
+from pallas_kernels.flash_mla.api import SAVED, flash_mla, flash_mla_e5m6
+from pallas_kernels.quantize_fp8.api import dequantize_e5m6
 from tests.pallas_kernels.hopper import DEVICE, calls_on_h100, compile_for_h100, needs_hopper_tools
 
 B, H, N, R, U = 2, 3, 16, 8, 12
@@ -127,6 +128,35 @@ def test_only_output_and_log_sum_exp_are_kept_beside_the_inputs():
     kept = jax.tree.leaves(jax.vjp(lambda *x: flash_mla(*x, scale=SCALE), *x)[1])
     floats = [leaf.shape for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert sorted(floats) == sorted([*(array.shape for array in x), (B, 50, H, U), (B, H, 50)])
+
+
+def wide_inputs(T):
+    """With values 128 wide."""
+    q, q_rope, k, k_rope, _ = inputs(T, T)
+    v = jnp.asarray(np.random.default_rng(T).standard_normal((B, T, H, 128)), jnp.float32)
+    return q, q_rope, k, k_rope, v
+
+
+def test_twelve_bits_of_the_output_are_kept_in_its_place():
+    x = wide_inputs(50)
+    (out, _, packed), pull = jax.vjp(lambda *x: flash_mla_e5m6(*x, scale=SCALE), *x)
+    floats = sorted(leaf.shape for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32)
+    assert floats == sorted([*(array.shape for array in x), (B, H, 50), packed.scales_kQ.shape])
+    np.testing.assert_allclose(dequantize_e5m6(packed).reshape(out.shape), out, rtol=2**-7, atol=1e-6)
+    d_out = jnp.asarray(np.random.default_rng(1).standard_normal(out.shape), jnp.float32)
+    both = [
+        jax.grad(lambda *x, function=function: jnp.vdot(function(*x, scale=SCALE)[0], d_out), range(5))(*x)
+        for function in (flash_mla_e5m6, flash_mla)
+    ]
+    for ours, exact in zip(*both, strict=True):
+        # Only the row sums of d_out * out see the rounding.
+        assert np.any(ours != exact) == (ours.shape != x[4].shape)
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-2 * np.abs(exact).max())
+
+
+def test_an_output_of_no_whole_tiles_has_no_twelve_bits():
+    with pytest.raises(ValueError, match='must be a multiple of 128'):
+        flash_mla_e5m6(*inputs(8, 8), scale=SCALE)
 
 
 def test_scores_are_held_for_a_block_of_queries_only():

@@ -18,7 +18,7 @@ import pytest
 from pallas_kernels.fp8 import BLOCK, E4M3, Quantized
 from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
 from pallas_kernels.linear_fp8.api import linear_fp8, linears_fp8
-from pallas_kernels.quantize_fp8.api import quantize_blocks, quantize_rows_and_columns
+from pallas_kernels.quantize_fp8.api import dequantize_e5m6, quantize_blocks, quantize_e5m6, quantize_rows_and_columns
 
 ROW, COLUMN, SQUARE = (1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)
 # The smallest mean square error that float8 can be believed to have: less would mean that nothing was rounded.
@@ -82,6 +82,24 @@ def check(ours, lhs, rhs, lhs_tile, rhs_tile, power_of_two=False, mean_square=Tr
     if mean_square:
         relative = np.sqrt(np.sum(error**2) / np.sum((lhs @ rhs) ** 2))
         assert ROUNDED < relative < MEAN_SQUARE
+
+
+def test_what_is_kept_in_twelve_bits_is_quantised_from_those():
+    x_MK, weights, d_outputs = operands('down_projections')
+    kept = quantize_e5m6(x_MK)
+
+    def linears(x_MK, weights):
+        return linears_fp8(x_MK, weights, kept=kept)
+
+    outputs, pull = jax.vjp(linears, x_MK, weights)
+    assert not any(leaf.shape in (x_MK.shape, x_MK.shape[::-1]) for leaf in jax.tree.leaves(pull) if leaf.dtype == E4M3)
+    d_x_MK, d_weights = pull(d_outputs)
+    wanted, d_x, _ = run(x_MK, weights, d_outputs)
+    _, _, d_of_kept = run(dequantize_e5m6(kept), weights, d_outputs)
+    for ours, theirs in zip((*outputs, d_x_MK, *d_weights), (*wanted, d_x, *d_of_kept), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match=r'x is \(130, 384\) and what is kept of it \(129, 384\)'):
+        linears_fp8(x_MK, weights, kept=quantize_e5m6(x_MK[:129]))
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)

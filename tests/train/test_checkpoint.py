@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from train.checkpoint import CheckpointConfig, Checkpoints, Progress
+from train.ema import Average
+from train.guard import GuardConfig, no_history
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.schedule import Schedule
 from train.step import State
@@ -25,7 +27,8 @@ def make_state(seed: int, width: int = 6) -> State:
         'moe_layers': {'moe': {'router': {'w_router_DE': array(2, 4, 3), 'router_bias_E': array(2, 3)}}},
     }
     moments = make_optimizer(OPTIMIZER).init(params)
-    return State(params, jax.tree.map(lambda leaf: jnp.asarray(draw.integers(1, 99, leaf.shape), leaf.dtype), moments))
+    rest = moments, no_history(GuardConfig())
+    return State(params, *jax.tree.map(lambda leaf: jnp.asarray(draw.integers(1, 99, leaf.shape), leaf.dtype), rest))
 
 
 def shapes_of(state: State) -> State:
@@ -134,10 +137,47 @@ def test_another_shape_is_refused_by_name_and_left_alone(opened, tmp_path):
     with pytest.raises(ValueError, match=r'params/final_norm_D is absent in it and \(4,\)'):
         opened().restore(shapes_of(missing))
     other = make_state(0)
-    other = State(other.params, {'momentum': jnp.ones(3)})
+    other = other._replace(optimizer={'momentum': jnp.ones(3)})
     with pytest.raises(ValueError, match='another shape: optimizer/'):
         opened().restore(shapes_of(other))
+    other = make_state(0)._replace(guard=no_history(GuardConfig(window=64)))
+    with pytest.raises(ValueError, match=r'another shape: guard/norms is \(128,\) in it and \(64,\)'):
+        opened().restore(shapes_of(other))
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_checkpoint_without_the_history_is_refused(opened, tmp_path):
+    """As runs left them before there was one."""
+    checkpoints, state = opened(), make_state(0)
+    parts = {'params': state.params, 'optimizer': state.optimizer, 'progress': {'step': 1, 'tokens': 1, 'next_row': 1}}
+    checkpoints._checkpointer.save_checkpointables_async(1, parts)
+    checkpoints.close()
+    with pytest.raises(ValueError, match="checkpoint 1 of .* has no part 'guard'"):
+        opened().restore(shapes_of(state))
+
+
+def test_average_comes_back_bit_for_bit_as_it_was_when_saved(opened):
+    draw = np.random.default_rng(0)
+    state = make_state(0)
+    wanted = jax.tree.map(lambda leaf: draw.standard_normal(leaf.shape, np.float32), state.params)
+    average = Average(jax.tree.map(np.copy, wanted), 7)
+    checkpoints = opened()
+    assert checkpoints.restore_average(state.params) is None
+    checkpoints.save(state, Progress(step=1), average)
+    jax.tree.map(lambda leaf: leaf.fill(0), average.params)
+    checkpoints.close()
+    found = opened().restore_average(shapes_of(state).params)
+    assert found.updates == 7
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(found.params)), 'it never was on a device'
+    jax.tree.map(np.testing.assert_array_equal, found.params, wanted)
+    assert_same(opened().restore(shapes_of(state))[0], state)
+
+
+def test_a_checkpoint_may_hold_no_average(opened):
+    checkpoints = opened()
+    checkpoints.save(make_state(0), Progress(step=1))
+    checkpoints.close()
+    assert opened().restore_average(make_state(0).params) is None
 
 
 @pytest.mark.parametrize('config', [{'keep': 0}, {'keep_every': 0}])

@@ -6,6 +6,7 @@ import math
 import random
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +122,86 @@ def test_corpus_reports_progress():
 def test_an_empty_part_says_what_to_do(fraction, part, remedy):
     with pytest.raises(ValueError, match=f'3 documents and none falls into the {part} part: {remedy} config.heldout'):
         load_corpus(DataConfig(source=Listed((('a', 'x'), ('b', 'y'), ('c', 'z'))), heldout_fraction=fraction))
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A directory of texts, and a configuration that keeps their tokens."""
+    folder = tmp_path / 'text'
+    folder.mkdir()
+    for number in range(60):
+        (folder / f'{number}.txt').write_text(words(number))
+    source = TextDirectory(path=str(folder))
+    return folder, DataConfig(source=source, heldout_fraction=0.25, cache_dir=str(tmp_path / 'cache'))
+
+
+def assert_documents_equal(left: TokenizedDocuments, right: TokenizedDocuments) -> None:
+    for name in ('tokens', 'offsets'):
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+        assert getattr(left, name).dtype == getattr(right, name).dtype
+    assert (left.names, left.num_bytes) == (right.names, right.num_bytes)
+
+
+def kept(config: DataConfig) -> list[str]:
+    assert config.cache_dir is not None
+    return sorted(path.name for path in Path(config.cache_dir).iterdir())
+
+
+def test_cached_corpus_is_the_same_and_needs_no_tokenizing(text, monkeypatch):
+    _, config = text
+    plain = load_corpus(dataclasses.replace(config, cache_dir=None))
+    first = load_corpus(config)
+    monkeypatch.setattr(ByteTokenizer, 'encode_batch', None)
+    again = load_corpus(config)
+    for corpus in (first, again):
+        assert_documents_equal(corpus.train, plain.train)
+        assert_documents_equal(corpus.heldout, plain.heldout)
+    assert isinstance(again.train.tokens.base, np.memmap)
+    rows, expected = PackedRows(again, 16, seed=0), PackedRows(plain, 16, seed=0)
+    for index in range(2 * expected.rows_per_epoch):
+        assert_rows_equal(rows[index], expected[index])
+    for left, right in zip(HeldoutRows(again, 16), HeldoutRows(plain, 16), strict=True):
+        assert_rows_equal(left, right)
+
+
+def test_cache_is_of_one_text_split_tokenizer_and_code(text, monkeypatch):
+    folder, config = text
+    load_corpus(config)
+    load_corpus(dataclasses.replace(config, fim_rate=0.5, mask_documents=True))
+    assert len(kept(config)) == 1, 'what is done to rows later does not count'
+    load_corpus(dataclasses.replace(config, heldout_fraction=0.5))
+    assert len(kept(config)) == 2
+    load_corpus(dataclasses.replace(config, tokenizer='deepseek'))
+    assert len(kept(config)) == 3
+    (folder / '0.txt').write_text('another text')
+    changed = load_corpus(config)
+    assert [*b'another text'] in [ids[1:-1] for part in (changed.train, changed.heldout) for ids in documents_of(part)]
+    assert len(kept(config)) == 4
+    monkeypatch.setattr('train.data.inspect.getsource', lambda module: 'other code')
+    load_corpus(config)
+    assert len(kept(config)) == 5
+
+
+def test_damaged_cache_is_made_again(text, caplog):
+    _, config = text
+    expected = load_corpus(config)
+    (name,) = kept(config)
+    assert config.cache_dir is not None
+    file = Path(config.cache_dir) / name / 'train_tokens.npy'
+    file.write_bytes(file.read_bytes()[:-8])
+    assert_documents_equal(load_corpus(config).train, expected.train)
+    assert len(caplog.messages) == 1
+    assert 'train_tokens.npy has changed' in caplog.messages[0]
+    assert_documents_equal(load_corpus(config).train, expected.train)
+    assert len(caplog.messages) == 1, 'what was made again is whole'
+    assert kept(config) == [name]
+
+
+def test_cache_needs_a_source_that_tells_when_it_changes(tmp_path):
+    source = Listed((('a', 'x'), ('b', 'y')))
+    with pytest.raises(ValueError, match='Listed.* has no method identity'):
+        load_corpus(DataConfig(source=source, heldout_fraction=0.5, cache_dir=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_source_says_so(tmp_path):

@@ -18,6 +18,8 @@ import pytest
 
 import deepseek_jax as ds
 from tests.conftest import ROOT
+from train import __main__, run
+from train.errors import TrainingError
 from train.metrics import read_jsonl
 
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT)}
@@ -103,6 +105,9 @@ REFUSED = {
     'configuration without values': (['--config', 'little.gin'], ['required keyword-only', "'total_steps'"]),
     'no configuration': ([], ['--config', 'required']),
     'unknown option': (['--config', '{config}', '--bogus'], ['--bogus']),
+    'profile of no number of steps': (['--profile', 'many'], ['--profile', "invalid int value: 'many'"]),
+    'profile of more steps than the run has': (['--profile', '29'], ['steps_left=60 must exceed 61', '29 twice']),
+    'profile of no steps': (['--profile', '0'], ['profile=0 must be at least 1']),
     'unknown macro': (['--set', 'TOTAL_STEP = 3'], ['TOTAL_STEP = 3', 'no macro named']),
     'macro that nothing sets': (['--set', 'SEED = %NO_SUCH'], ["'NO_SUCH/gin.macro'", 'No bindings']),
     'unknown name': (['--set', 'nothing.such = 3'], ['nothing.such = 3', "No configurable matching 'nothing'"]),
@@ -160,6 +165,38 @@ def test_bad_input_ends_with_2_and_one_line_and_nothing_written(command, place, 
     for phrase in phrases:
         assert phrase in ended.err
     assert contents(place) == before
+
+
+@pytest.fixture
+def called(monkeypatch) -> Callable[..., dict]:
+    """What `main` calls `train` with, which does what it is told instead; and the exit code."""
+
+    def called(*arguments: str, ending: BaseException | None = None) -> dict:
+        given: dict = {}
+
+        def call(function, **keywords):
+            given.update(keywords, function=function)
+            if ending is not None:
+                raise ending
+
+        monkeypatch.setattr(__main__.loader, 'parse', lambda *_: None)
+        monkeypatch.setattr(__main__.loader, 'call', call)
+        monkeypatch.setattr('sys.argv', ['train', '--config', 'some.gin', *arguments])
+        return given | {'code': __main__.main()}
+
+    return called
+
+
+def test_profile_is_handed_on_and_prints_no_configuration(called, capsys):
+    given = called('--profile', '3')
+    assert (given['function'], given['profile'], given['print_only'], given['code']) == (run.train, 3, False, 0)
+    assert capsys.readouterr().out == ''
+    assert called()['profile'] is None
+
+
+def test_a_run_that_cannot_go_on_ends_with_1_and_one_line(called, capsys):
+    assert called(ending=TrainingError('too many steps skipped'))['code'] == 1
+    assert capsys.readouterr().err == 'error: too many steps skipped\n'
 
 
 @pytest.fixture(scope='module')

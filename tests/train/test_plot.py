@@ -53,7 +53,23 @@ def test_picture_shows_the_lines(pixels, full):
         pytest.param([step_line(1, loads=0, mtp_loss=0.0), evaluation_line(1, loads=0)], id='a dense model'),
         pytest.param([step_line(1, loads=58), evaluation_line(1, loads=58)], id='many layers'),
         pytest.param([step_line(1), {**step_line(2), 'loss': float('nan')}], id='a loss that is no number'),
+        pytest.param([{**step_line(1), 'loss': float('nan'), 'skipped': 'why'}], id='nothing but skipped steps'),
     ],
 )
 def test_any_run_can_be_drawn(pixels, full, lines):
     assert pixels(lines).shape == full.shape
+
+
+def test_skipped_steps_are_marked_and_leave_the_curve_whole(pixels, full):
+    spoilt = [{**line, 'loss': float('nan'), 'skipped': 'why'} if line['step'] == 70 else line for line in FULL]
+    marked = pixels(spoilt)
+    panel = np.arange(full.shape[1] // 4)
+    assert (marked[:, panel] != full[:, panel]).any()
+    # Two curves and a mark; without the mark as many points are drawn as if the step had not been.
+    orange = lambda picture: (np.abs(picture[:, panel, :3] - [1, 0.498, 0.055]) < 0.1).all(-1).sum()  # noqa: E731
+    assert orange(marked) > 0.9 * orange(full)
+
+
+def test_average_has_a_curve_of_its_own(pixels, full):
+    lines = [{**line, 'heldout_ema_bits_per_byte': 0.04} if 'expert_load' in line else line for line in FULL]
+    assert (pixels(lines) != full).any()

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import json
@@ -11,14 +12,18 @@ import pytest
 
 import deepseek_jax as ds
 from tests.train.conftest import BATCH_SIZE, SEQUENCE_LENGTH
-from train import run
+from train import loop, memory, run
 from train.checkpoint import CheckpointConfig, Checkpoints, Progress
+from train.ema import Average, no_average, updated
+from train.errors import TrainingError
+from train.guard import GuardConfig, SkippedStepsError, no_history
 from train.metrics import read_jsonl
 from train.optimizer import make_optimizer
-from train.schedule import BatchRamp
+from train.schedule import BatchRamp, Schedule
 from train.step import State
 
 STEPS = 10
+GUARD = GuardConfig()
 
 
 @pytest.fixture(scope='module')
@@ -35,6 +40,7 @@ def start(model, data, optimizer, objective, params) -> Iterator[Callable[..., r
             'data': data,
             'optimizer': optimizer,
             'objective': objective,
+            'guard': GUARD,
             'checkpoints': CheckpointConfig(),
             'total_steps': STEPS,
             'batch_size': BATCH_SIZE,
@@ -48,10 +54,10 @@ def start(model, data, optimizer, objective, params) -> Iterator[Callable[..., r
         }
         with pytest.MonkeyPatch.context() as patch:
             if not picture:
-                patch.setattr(run.plot, 'plot_run', lambda lines, path: path.touch())
+                patch.setattr(loop.plot, 'plot_run', lambda lines, path: path.touch())
             return run.train(**{**arguments, **changes})
 
-    initial = State(params, make_optimizer(optimizer).init(params))
+    initial = State(params, make_optimizer(optimizer).init(params), no_history(GUARD))
 
     def init_state(*_):
         return jax.tree.map(lambda leaf: leaf.copy(), initial)
@@ -70,14 +76,46 @@ def whole(start, tmp_path_factory) -> Path:
     return directory
 
 
-def state_of(directory: Path, params, optimizer) -> State:
-    """The newest checkpoint's state."""
-    shapes = jax.eval_shape(lambda params: State(params, make_optimizer(optimizer).init(params)), params)
+def shapes_of(params, optimizer) -> State:
+    return jax.eval_shape(
+        lambda params: State(params, make_optimizer(optimizer).init(params), no_history(GUARD)), params
+    )
+
+
+def state_of(directory: Path, params, optimizer) -> tuple[State, Average | None]:
+    """The newest checkpoint's state and average."""
     checkpoints = Checkpoints(directory, CheckpointConfig())
-    state, progress = checkpoints.restore(shapes)
+    state, progress = checkpoints.restore(shapes_of(params, optimizer))
+    average = checkpoints.restore_average(params)
     checkpoints.close()
-    assert progress.step == STEPS
-    return state
+    # What was read ahead of the steps does not count.
+    assert progress == Progress(step=STEPS, tokens=STEPS * BATCH_SIZE * SEQUENCE_LENGTH, next_row=STEPS * BATCH_SIZE)
+    return state, average
+
+
+class Killed(BaseException):
+    """What a test ends a run with."""
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes the losses of these steps nan, or ends the run where one would begin; counts from `first`."""
+
+    def spoil(*steps: int, end: int | None = None, first: int = 1):
+        taken, batch = itertools.count(first), BATCH
+
+        def spoilt(rows, size):
+            step, found = next(taken), batch(rows, size)
+            if step == end:
+                raise Killed
+            return {**found, 'weights': found['weights'] * np.float32(np.nan)} if step in steps else found
+
+        monkeypatch.setattr(loop.data_lib, 'batch', spoilt)
+
+    return spoil
+
+
+BATCH = loop.data_lib.batch
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -122,31 +160,203 @@ def test_metrics_are_those_of_every_step_and_evaluation(whole, optimizer, object
     assert evaluations[1]['heldout_loss'] < evaluations[0]['heldout_loss']
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(start, whole, tmp_path, params, optimizer, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    taken, batch = itertools.count(1), run.data_lib.batch
-
-    def batch_or_end(rows, size):
-        if next(taken) == 8:
-            raise Killed
-        return batch(rows, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.data_lib, 'batch', batch_or_end)
-        with pytest.raises(Killed):
-            start(tmp_path / 'run')
+@pytest.mark.parametrize(
+    'options', [{}, {'ema_decay': 0.7, 'ema_every': 3, 'microbatch_size': 2}], ids=['plain', 'all']
+)
+def test_interrupted_and_resumed_equals_uninterrupted(start, whole, tmp_path, params, optimizer, spoil, options):
+    if options:
+        whole = tmp_path / 'whole'
+        start(whole, **options)
+    spoil(end=8)
+    with pytest.raises(Killed):
+        start(tmp_path / 'run', **options)
     lines = read_jsonl(tmp_path / 'run' / 'metrics.jsonl')
     assert {path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()} == {'4'}
     assert lines[-1]['step'] == 6, 'lines past the checkpoint are there to be replaced'
-    result = start(tmp_path / 'run')
+    spoil()
+    result = start(tmp_path / 'run', **options)
     assert result == run.Result(STEPS, read_jsonl(whole / 'metrics.jsonl')[-1]['heldout_bits_per_byte'])
     assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
     resumed, uninterrupted = (state_of(directory, params, optimizer) for directory in (tmp_path / 'run', whole))
+    assert (resumed[1] is None) == (options == {})
     jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
     timing = [line['step'] for line in read_jsonl(tmp_path / 'run' / 'timing.jsonl')]
     assert timing == list(range(1, STEPS + 1))
+
+
+def test_schedules_are_read_at_the_tokens_before_a_step(start, tmp_path, optimizer, objective):
+    tokens = BATCH_SIZE * SEQUENCE_LENGTH
+    line = lambda end: Schedule(pieces=(('linear', end, 3.0 * tokens),), start=0.5)  # noqa: E731
+    start(
+        tmp_path / 'run',
+        total_steps=3,
+        optimizer=dataclasses.replace(optimizer, learning_rate=line(0.2), warmup_steps=0),
+        objective=dataclasses.replace(objective, mtp_weight=line(0.8), bias_rate=line(0.0)),
+    )
+    for line, share in zip(read_jsonl(tmp_path / 'run' / 'metrics.jsonl'), (0, 1 / 3, 2 / 3), strict=False):
+        found = [line[name] for name in ('learning_rate', 'mtp_weight', 'bias_rate')]
+        np.testing.assert_allclose(found, [0.5 - 0.3 * share, 0.5 + 0.3 * share, 0.5 - 0.5 * share])
+
+
+def test_microbatches_give_the_run_of_whole_batches(start, whole, tmp_path):
+    start(tmp_path / 'run', microbatch_size=2)
+    for found, wanted in zip(*(read_jsonl(path / 'metrics.jsonl') for path in (tmp_path / 'run', whole)), strict=True):
+        assert found.keys() == wanted.keys()
+        for name in found:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=2e-3, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ('match', 'changes'),
+    [
+        ('train.microbatch_size=3 must divide every batch, and does not divide 4$', {'microbatch_size': 3}),
+        (
+            'train.microbatch_size=4 must divide every batch, and does not divide 2, which BatchRamp gives',
+            {'microbatch_size': 4, 'batch_ramp': BatchRamp(start=2, tokens=100.0, multiple_of=2)},
+        ),
+        ('train.microbatch_size=0 must be at least 1', {'microbatch_size': 0}),
+        ('train.ema_every=0 must be at least 1', {'ema_every': 0}),
+        (r'train.ema_decay=1.0 must lie between 0 and 1', {'ema_decay': 1.0}),
+    ],
+)
+def test_bad_part_of_a_step_is_refused_before_anything_is_written(start, tmp_path, match, changes):
+    with pytest.raises(ValueError, match=match):
+        start(tmp_path / 'run', **changes)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_batch_sizes_are_those_that_the_run_reaches():
+    ramp = BatchRamp(start=2, tokens=200.0, multiple_of=2)
+    taken = loop.batches(({'weights': np.zeros(8)} for _ in itertools.count()), Progress(), 12, lambda t: ramp(t, 8))
+    sizes = [len(batch['weights']) for batch, _ in taken]
+    for steps in (1, 4, 12):
+        assert run._batch_sizes(steps, 8, 8, ramp) == sorted(set(sizes[:steps]))
+    assert run._batch_sizes(10**12, 8, 8, None) == [8]
+
+
+def test_bad_steps_are_skipped_and_logged_and_a_resumed_run_counts_them(
+    start, tmp_path, spoil, params, optimizer, capsys
+):
+    """Skipped are steps 4, which is saved, and 5: in a row only if the resumed run knows of the first."""
+    spoil(3, 4, 5)
+    with pytest.raises(SkippedStepsError):
+        start(tmp_path / 'strict')
+    spoil(4, 5)
+    start(tmp_path / 'whole')
+    spoil(4, 5, end=7)
+    with pytest.raises(Killed):
+        start(tmp_path / 'run')
+    assert {path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()} == {'4'}
+    spoil(5, first=5)
+    capsys.readouterr()
+    start(tmp_path / 'run')
+    error = capsys.readouterr().err
+    assert 'step 5 skipped: the loss is not finite\n' in error
+    assert '6 steps in ' in error
+    assert ' s, 1 of them skipped; ' in error
+    assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
+    resumed, uninterrupted = (state_of(tmp_path / name, params, optimizer)[0] for name in ('run', 'whole'))
+    jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
+    assert resumed.guard.accepted == STEPS - 2
+    lines = [line for line in read_jsonl(tmp_path / 'run' / 'metrics.jsonl') if 'loss' in line]
+    assert {line['step']: line['skipped'] for line in lines if 'skipped' in line} == dict.fromkeys(
+        (4, 5), 'the loss is not finite'
+    )
+
+
+def test_bad_steps_in_a_row_end_the_run_and_it_goes_on_from_the_newest_checkpoint(start, whole, tmp_path, spoil):
+    """The last of them would be saved: it is not."""
+    spoil(6, 7, 8)
+    with pytest.raises(SkippedStepsError, match='the last 3 steps were skipped') as error:
+        start(tmp_path / 'run')
+    assert isinstance(error.value, TrainingError)
+    assert '\n' not in str(error.value)
+    assert {path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()} == {'4'}
+    spoil()
+    start(tmp_path / 'run')
+    assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_restart(start, tmp_path, spoil):
+    spoil(3, 4, end=5)
+    with pytest.raises(Killed):
+        start(tmp_path / 'run')
+    spoil(5, first=5)
+    with pytest.raises(SkippedStepsError, match='of step 5 the loss is not finite'):
+        start(tmp_path / 'run')
+
+
+def test_average_is_that_of_all_steps_and_is_evaluated(start, whole, tmp_path, params, optimizer):
+    options = {'checkpoint_every': 1, 'checkpoints': CheckpointConfig(keep=STEPS), 'total_steps': 6, 'eval_every': 3}
+    start(tmp_path / 'run', ema_decay=0.6, ema_every=2, **options)
+    wanted = no_average(params)
+    for step in range(1, 7):
+        saved = ds.load_run(tmp_path / 'run', step)[1]
+        if step % 2 == 0:
+            wanted = updated(wanted, jax.tree.leaves(saved), 0.6**2)
+        checkpoints = Checkpoints(tmp_path / 'run', CheckpointConfig())
+        if step == checkpoints.latest_step:
+            found = checkpoints.restore_average(params)
+        checkpoints.close()
+    assert found.updates == wanted.updates == 3
+    jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
+    lines = read_jsonl(tmp_path / 'run' / 'metrics.jsonl')
+    without = [{name: line[name] for name in line if 'ema' not in name} for line in lines]
+    assert [line for line in without if 'loss' in line] == [
+        line for line in read_jsonl(whole / 'metrics.jsonl') if 'loss' in line
+    ][:6], 'the average does not change the training'
+    evaluations = [line for line in lines if 'heldout_bits_per_byte' in line]
+    assert all(line['heldout_ema_bits_per_byte'] != line['heldout_bits_per_byte'] for line in evaluations)
+
+
+def test_average_without_memory_is_the_newest_parameters(start, tmp_path):
+    start(tmp_path / 'run', ema_decay=1e-12, total_steps=2, eval_every=1)
+    evaluations = [line for line in read_jsonl(tmp_path / 'run' / 'metrics.jsonl') if 'loss' not in line]
+    assert len(evaluations) == 2
+    assert all(line['heldout_ema_bits_per_byte'] == line['heldout_bits_per_byte'] for line in evaluations)
+
+
+def test_average_may_begin_and_end_in_the_middle(start, whole, tmp_path, capsys):
+    start(tmp_path / 'run', total_steps=4)
+    start(tmp_path / 'run', total_steps=8, ema_decay=0.5)
+    assert 'checkpoint 4 holds no average of the parameters: it begins here\n' in capsys.readouterr().err
+    start(tmp_path / 'run')
+    lines = read_jsonl(tmp_path / 'run' / 'metrics.jsonl')
+    assert [line['step'] for line in lines if 'heldout_ema_bits_per_byte' in line] == [5, 8]
+    assert [line for line in lines if 'loss' in line] == [
+        line for line in read_jsonl(whole / 'metrics.jsonl') if 'loss' in line
+    ]
+
+
+def test_waiting_and_compiling_are_timed(start, tmp_path, capsys):
+    start(tmp_path / 'run', total_steps=3, batch_ramp=BatchRamp(start=2, tokens=40.0, multiple_of=2))
+    timing = read_jsonl(tmp_path / 'run' / 'timing.jsonl')
+    assert all(line['input_wait_seconds'] >= 0 and line['seconds'] > 0 for line in timing)
+    assert ['compile_seconds' in line for line in timing] == [True, False, True], 'once for each batch size'
+    error = capsys.readouterr().err
+    assert f'step for 2 x {SEQUENCE_LENGTH} tokens compiled in ' in error
+    assert f'step for 4 x {SEQUENCE_LENGTH} tokens compiled in ' in error
+    waited = sum(line['input_wait_seconds'] for line in timing)
+    (line,) = [line for line in error.splitlines() if 'waiting for input' in line]
+    assert line.startswith('3 steps in ')
+    assert f'; {waited:.1f} s (' in line
+
+
+def test_memory_that_runs_out_in_a_step_is_explained(start, tmp_path, monkeypatch):
+    """The device says so where a step's results are read, after the next one was given to it."""
+    device_get, reads = jax.device_get, itertools.count(1)
+
+    def failing(tree):
+        if next(reads) == 3:
+            raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+        return device_get(tree)
+
+    monkeypatch.setattr(loop.jax, 'device_get', failing)
+    monkeypatch.setattr(memory, 'explain', lambda present, sizes, need, limit: f'{present} {sizes}')
+    with pytest.raises(memory.OutOfMemoryError) as error:
+        start(tmp_path / 'run', checkpoint_every=2)
+    assert str(error.value) == "Setting(microbatch_size=4, remat='none') [4]"
+    assert {path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()} == {'2'}
 
 
 def test_finished_run_goes_on_with_more_steps(start, whole, tmp_path):
@@ -185,9 +395,9 @@ def test_lines_of_a_step_are_written_before_its_checkpoint(start, tmp_path, monk
     seen = {}
     save = Checkpoints.save
 
-    def spy(self, state, progress):
+    def spy(self, state, progress, average):
         seen[progress.step] = [line['step'] for line in read_jsonl(tmp_path / 'run' / 'metrics.jsonl')]
-        save(self, state, progress)
+        save(self, state, progress, average)
 
     monkeypatch.setattr(Checkpoints, 'save', spy)
     start(tmp_path / 'run', total_steps=3, checkpoint_every=1, eval_every=100)
@@ -251,7 +461,7 @@ def test_batches_grow_and_continue_from_any_progress():
 
     ramp = BatchRamp(start=2, tokens=200.0, multiple_of=2)
     size = lambda tokens: ramp(tokens, 8)  # noqa: E731
-    taken = list(run._batches(rows(0), Progress(), 12, size))
+    taken = list(loop.batches(rows(0), Progress(), 12, size))
     sizes = [len(batch['index']) for batch, _ in taken]
     assert sizes[0] == 2
     assert sizes[-1] == 8
@@ -262,7 +472,7 @@ def test_batches_grow_and_continue_from_any_progress():
     assert taken[-1][1] == Progress(step=12, tokens=8 * sum(sizes), next_row=sum(sizes))
     for cut in (1, 5, 11):
         progress = taken[cut - 1][1]
-        rest = list(run._batches(rows(progress.next_row), progress, 12, size))
+        rest = list(loop.batches(rows(progress.next_row), progress, 12, size))
         assert [progress for _, progress in rest] == [progress for _, progress in taken[cut:]]
         for (found, _), (wanted, _) in zip(rest, taken[cut:], strict=True):
             np.testing.assert_array_equal(found['index'], wanted['index'])

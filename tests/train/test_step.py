@@ -1,9 +1,26 @@
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support import random_params
+from train.guard import BAD_LOSS, DEFAULT, LARGE_NORM, no_history
 from train.optimizer import make_optimizer
-from train.step import Hyperparameters, State, as_batch, eval_step, train_step, update_router_biases
+from train.step import (
+    Hyperparameters,
+    State,
+    as_batch,
+    batch_gradients,
+    eval_step,
+    init_state,
+    microbatches,
+    train_step,
+    update_router_biases,
+)
+
+ROWS, LENGTH = 6, 16
 
 
 @pytest.fixture(scope='module')
@@ -14,10 +31,31 @@ def batch():
 
 
 @pytest.fixture(scope='module')
-def take(model, optimizer, objective, batch):
-    """One step on the batch; the state given stays usable."""
+def ragged():
+    """A batch whose parts weigh differently: rows of one, two and more documents, padding, a row of nothing else."""
+    draw = np.random.default_rng(1)
+    tokens = draw.integers(0, 8, (ROWS, LENGTH + 1)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    for row, cuts in enumerate([(), (3, 9, 12), (5,), (2, 4, 6, 8, 10), (16,)]):
+        for cut in cuts:
+            segments[row, cut:] += 1
+    segments[3, 11:] = segments[5] = 0
+    weights = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(np.float32)
+    return as_batch({'tokens': tokens, 'segments': segments, 'weights': weights})
 
-    def take(state: State, learning_rate: float = 5e-3, mtp_weight: float = 0.3, bias_rate: float = 1e-3):
+
+@pytest.fixture(scope='module')
+def take(model, optimizer, objective, batch):
+    """One step on the batch or another one; the state given stays usable."""
+
+    def take(
+        state: State,
+        learning_rate: float = 5e-3,
+        mtp_weight: float = 0.3,
+        bias_rate: float = 1e-3,
+        batch=batch,
+        microbatch_size: int | None = None,
+    ):
         values = Hyperparameters(learning_rate, mtp_weight, bias_rate)
         return train_step(
             jax.tree.map(lambda leaf: leaf.copy(), state),
@@ -26,6 +64,7 @@ def take(model, optimizer, objective, batch):
             model=model,
             optimizer=optimizer,
             config=objective,
+            microbatch_size=microbatch_size,
         )
 
     return take
@@ -33,7 +72,7 @@ def take(model, optimizer, objective, batch):
 
 @pytest.fixture(scope='module')
 def start(params, optimizer) -> State:
-    return State(params, make_optimizer(optimizer).init(params))
+    return State(params, make_optimizer(optimizer).init(params), no_history(DEFAULT))
 
 
 def biases(params) -> np.ndarray:
@@ -118,3 +157,105 @@ def test_evaluation_changes_nothing_and_sees_what_the_step_sees(take, start, bat
 def test_step_is_repeatable_bit_for_bit(take, start):
     first, second = take(start), take(start)
     assert equal(first, second)
+
+
+def test_state_starts_with_no_history(model, optimizer, start):
+    made = jax.eval_shape(lambda: init_state(jax.random.key(0), model, optimizer))
+    assert made == jax.eval_shape(lambda: start)
+
+
+@pytest.mark.parametrize('microbatch_size', [1, 3])
+def test_gradients_of_microbatches_add_up_to_the_batch_s(model, objective, ragged, microbatch_size):
+    """Two prediction depths, because each divides by the weight of its own targets."""
+    model = dataclasses.replace(model, mtp_depth=2)
+    params = random_params(model)
+    parts = np.asarray(ragged['weights']).sum(axis=1).reshape(microbatch_size, -1).sum(axis=0)
+    assert len(set(parts.tolist())) > 1, 'a mean of the parts would be another one'
+
+    def gradients(size):
+        return jax.jit(lambda params: batch_gradients(params, ragged, 0.7, model, objective, size))(params)
+
+    (whole, loss, losses), divided = gradients(None), gradients(microbatch_size)
+    assert losses.mtp_loss > 0
+    assert losses.balance_loss > 0
+
+    def check(name, found, wanted):
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-6 * scale, err_msg=str(name))
+        assert found.dtype == wanted.dtype
+
+    jax.tree.map_with_path(check, divided, (whole, loss, losses))
+    np.testing.assert_array_equal(divided[2].load_LE, losses.load_LE)
+
+
+def test_devices_hold_their_share_of_every_microbatch():
+    mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+    rows = jax.device_put(np.arange(96).reshape(32, 3), spread)
+
+    @jax.jit
+    def doubled(rows):
+        return jax.lax.scan(lambda _, part: (None, part['rows'] * 2), None, microbatches({'rows': rows}, 8))[1]
+
+    program = doubled.trace(rows).lower().compile()
+    assert not [name for name in ('all-gather', 'all-to-all', 'collective-permute') if name in program.as_text()]
+    parts = program(rows)
+    assert parts.shape == (4, 8, 3)
+    assert sorted(parts.reshape(32, 3).tolist()) == (2 * rows).tolist()
+
+
+def test_step_in_microbatches_is_the_step(take, start, ragged):
+    whole, divided = (take(start, batch=ragged, microbatch_size=size) for size in (None, 2))
+    check = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
+    for found, wanted in zip(divided, whole, strict=True):
+        jax.tree.map(
+            check, *(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree) for tree in (found, wanted))
+        )
+    np.testing.assert_array_equal(biases(divided[0].params), biases(whole[0].params))
+    assert not equal(whole[0].params, start.params)
+
+
+def test_state_is_given_away_to_the_last_byte(start, batch, model, optimizer, objective):
+    state = jax.tree.map(lambda leaf: leaf.copy(), start)
+    arguments = {'model': model, 'optimizer': optimizer, 'config': objective}
+    program = train_step.trace(state, batch, Hyperparameters(1e-3, 0.3, 1e-3), **arguments).lower().compile()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert program.memory_analysis().alias_size_in_bytes == size
+    program(state, batch, Hyperparameters(1e-3, 0.3, 1e-3))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_step_whose_loss_is_no_number_changes_nothing(take, start, batch):
+    spoilt = {**batch, 'weights': batch['weights'].at[1, 3].set(jnp.nan)}
+    once, metrics = take(start, batch=spoilt)
+    assert np.isnan(metrics.losses.loss)
+    assert metrics.verdict.reason == BAD_LOSS
+    assert equal(once[:2], start[:2])
+    assert equal(once.guard[:2], start.guard[:2])
+    twice, metrics = take(once, batch=spoilt)
+    assert metrics.verdict.skipped_in_a_row == twice.guard.skipped_in_a_row == 2
+    # And the next good one is taken as if there had been none.
+    after, metrics = take(twice)
+    assert metrics.verdict.accepted
+    assert equal(after, take(start)[0])
+
+
+def test_step_with_an_outlying_gradient_changes_nothing(take, start):
+    norm = take(start)[1].grad_norm
+    history = start.guard._replace(accepted=jnp.int32(DEFAULT.min_history))
+
+    def taken(share):
+        """After norms of which the limit is this share of the gradient's."""
+        norms = jnp.full(DEFAULT.window, norm * share / DEFAULT.factor)
+        state = start._replace(guard=history._replace(norms=norms))
+        return state, *take(state)
+
+    state, after, metrics = taken(0.99)
+    assert metrics.verdict.reason == LARGE_NORM
+    assert equal(after[:2], state[:2])
+    assert equal(after.guard.norms, state.guard.norms)
+    state, after, metrics = taken(1.01)
+    assert metrics.verdict.accepted
+    assert equal(after[:2], take(start)[0][:2])
+    assert after.guard.accepted == DEFAULT.min_history + 1
+    assert after.guard.norms[DEFAULT.min_history] == norm

@@ -1,0 +1,137 @@
+"""The compiled programs of a run's steps, kept for the next start."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+import deepseek_jax as ds
+from train import memory
+from train.guard import GuardConfig
+from train.loss import ObjectiveConfig
+from train.optimizer import OptimizerConfig
+from train.step import Hyperparameters, State, StepMetrics, jit_step
+
+logger = logging.getLogger(__name__)
+
+
+def keep_programs() -> str | None:
+    """Makes JAX keep what it compiles for the next start, and returns the directory; None if it keeps nothing.
+
+    What the environment says (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) stays; else the directory is
+    `deepseek_v3_jax/jax` under XDG_CACHE_HOME or ~/.cache. JAX runs what it reads there, so it must be the user's own.
+    Programs that compile within a second are not kept.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return None
+    if jax.config.jax_compilation_cache_dir is None:
+        root = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+        directory = root / 'deepseek_v3_jax' / 'jax'
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning('compiled programs are not kept: %s', error)
+            return None
+        jax.config.update('jax_compilation_cache_dir', str(directory))
+    return jax.config.jax_compilation_cache_dir or None
+
+
+@dataclasses.dataclass(kw_only=True)
+class StepPrograms:
+    """`train_step` as one program a batch size, compiled when the first batch of the size comes.
+
+    Where a program does not fit on the device, the error says what would: that takes a few compilations.
+
+    Attributes:
+      model, optimizer, objective, guard, microbatch_size: what `train_step` is compiled for.
+      batch_sizes: of the whole run, which another microbatch size would have to divide.
+      report: shows a line to the user.
+    """
+
+    model: ds.ModelConfig
+    optimizer: OptimizerConfig
+    objective: ObjectiveConfig
+    guard: GuardConfig
+    microbatch_size: int | None
+    batch_sizes: Sequence[int]
+    report: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self._programs: dict[int, jax.stages.Compiled] = {}
+
+    def has(self, batch: Mapping[str, jax.Array]) -> bool:
+        """Whether the program for this batch is compiled."""
+        return _size(batch) in self._programs
+
+    def compile(self, state: State, batch: Mapping[str, jax.Array], values: Hyperparameters) -> float:
+        """Compiles the program for such a batch and returns the seconds that took, tracing included."""
+        self._shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), (state, dict(batch))
+        )
+        self._values = values
+        began = time.monotonic()
+        with self.explained():
+            self._programs[_size(batch)] = self._compiled(self._present())
+        return time.monotonic() - began
+
+    def __call__(
+        self, state: State, batch: Mapping[str, jax.Array], values: Hyperparameters
+    ) -> tuple[State, StepMetrics]:
+        """`train_step`, with its program compiled before."""
+        with self.explained():
+            return self._programs[_size(batch)](state, dict(batch), values)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises `memory.OutOfMemoryError` in place of JAX's error, also where a step's results are waited for."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if not memory.is_exhausted(error):
+                raise
+            self.report('out of memory: compiling the training step in smaller parts to see what fits')
+            text = memory.explain(self._present(), self.batch_sizes, self._needed_bytes, memory.available_bytes())
+            raise memory.OutOfMemoryError(text) from error
+
+    def _present(self) -> memory.Setting:
+        return memory.Setting(self.microbatch_size or _size(self._shapes[1]), self.model.remat)
+
+    def _needed_bytes(self, setting: memory.Setting) -> int | float | None:
+        try:
+            return memory.needed_bytes(self._compiled(setting))
+        except jax.errors.JaxRuntimeError as error:
+            if not memory.is_exhausted(error):
+                raise
+            return math.inf
+
+    def _compiled(self, setting: memory.Setting) -> jax.stages.Compiled:
+        places, tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, self._shapes[0]))
+        traced = _step_to(tuple(places), tree).trace(
+            *self._shapes,
+            self._values,
+            model=dataclasses.replace(self.model, remat=setting.remat),
+            optimizer=self.optimizer,
+            config=self.objective,
+            guard=self.guard,
+            microbatch_size=setting.microbatch_size,
+        )
+        return traced.lower().compile()
+
+
+@functools.cache
+def _step_to(places: tuple[jax.sharding.Sharding, ...], tree: Any) -> jax.stages.Wrapped:
+    """The step whose state stays where it is, so that the next step's program takes it; one function for each place,
+    for JAX to find what it has traced and compiled."""
+    return jit_step(jax.tree.unflatten(tree, places))
+
+
+def _size(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> int:
+    return batch['tokens'].shape[0]

@@ -1,0 +1,43 @@
+"""Held-out text: how well parameters predict it, and which experts it goes to."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import deepseek_jax as ds
+from train import data
+from train.loss import ObjectiveConfig
+from train.step import as_batch, eval_step
+
+
+class Heldout(NamedTuple):
+    """An evaluation.
+
+    Attributes:
+      bits_per_byte: of the text that the targets stand for.
+      loss: nats a target.
+      load_LE: tokens sent to each expert, numpy int64.
+    """
+
+    bits_per_byte: float
+    loss: float
+    load_LE: np.ndarray
+
+
+def evaluate(
+    params: Any,
+    batches: Iterator[data.Row],
+    byte_lengths: np.ndarray,
+    model: ds.ModelConfig,
+    objective: ObjectiveConfig,
+) -> Heldout:
+    """The evaluation of parameters on batches of held-out rows, by `Tokenizer.byte_lengths()`."""
+    nats, weight, num_bytes, load = 0.0, 0.0, 0, 0
+    for rows in batches:
+        losses = eval_step(params, as_batch(rows), model=model, config=objective)
+        nats += float(losses.nats)
+        weight += float(rows['weights'].sum())
+        num_bytes += data.target_bytes(rows, byte_lengths)
+        load = load + np.asarray(losses.load_LE, np.int64)
+    return Heldout(data.bits_per_byte(nats, num_bytes), nats / weight, np.asarray(load))
