@@ -25,7 +25,7 @@ train: $(INSTALLED) ## train a tiny model on this machine's own Python source, t
 	$(BIN)/python -m infer sample --checkpoint $(RUN_DIR) --prompt 'def ' --temperature 0.8 --max-tokens 200
 
 test: $(INSTALLED) $(HOPPER)/.installed ## run the CPU tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(INSTALLED) $(HOPPER)/.installed ## formatting, lint, spelling, types, import rules, tests
 	$(BIN)/ruff format --check

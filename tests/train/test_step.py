@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support import random_params
+import deepseek_jax as ds
+from deepseek_jax import ops
+from deepseek_jax.names import path_names
+from deepseek_jax.precision import is_float8
+from tests.support import param_shapes, random_params
 from train.guard import BAD_LOSS, DEFAULT, LARGE_NORM, no_history
 from train.optimizer import make_optimizer
 from train.step import (
@@ -186,6 +190,30 @@ def test_gradients_of_microbatches_add_up_to_the_batch_s(model, objective, ragge
 
     jax.tree.map_with_path(check, divided, (whole, loss, losses))
     np.testing.assert_array_equal(divided[2].load_LE, losses.load_LE)
+
+
+def test_float8_weights_are_quantised_once_for_all_microbatches(model, objective, ragged, monkeypatch):
+    given = []
+    layers = ops.linears_fp8
+    spy = lambda x, weights, quantized, **options: (
+        given.append((weights, quantized))
+        or layers(  # noqa: E731
+            x, weights, quantized, **options
+        )
+    )
+    monkeypatch.setattr(ops, 'linears_fp8', spy)
+    quantized = []
+    quantize = ops.quantize
+    monkeypatch.setattr(ops, 'quantize', lambda w, *rest: quantized.append(w.shape) or quantize(w, *rest))
+    model = dataclasses.replace(model, precision=ds.PrecisionConfig(recipe='fp8'))
+    gradients = lambda params: batch_gradients(params, ragged, 0.3, model, objective, 2)[0]  # noqa: E731
+    params = param_shapes(model)
+    assert jax.eval_shape(gradients, params) == params
+    assert given
+    assert all(weights is not None and copies is not None for weights, copies in given)
+    weights = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    weights = [path for path in map(path_names, weights) if is_float8(path, model.precision) and 'experts' not in path]
+    assert len(quantized) == len(weights)
 
 
 def test_devices_hold_their_share_of_every_microbatch():
