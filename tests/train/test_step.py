@@ -195,12 +195,11 @@ def test_gradients_of_microbatches_add_up_to_the_batch_s(model, objective, ragge
 def test_float8_weights_are_quantised_once_for_all_microbatches(model, objective, ragged, monkeypatch):
     given = []
     layers = ops.linears_fp8
-    spy = lambda x, weights, quantized, **options: (
+
+    def spy(x, weights, quantized, **options):
         given.append((weights, quantized))
-        or layers(  # noqa: E731
-            x, weights, quantized, **options
-        )
-    )
+        return layers(x, weights, quantized, **options)
+
     monkeypatch.setattr(ops, 'linears_fp8', spy)
     quantized = []
     quantize = ops.quantize
