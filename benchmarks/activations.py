@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import deepseek_jax as ds
-from deepseek_jax import ops
-from deepseek_jax.block import block
+from deepseek_jax.block import block, remat_policy
 from deepseek_jax.model import causal_attend
 from deepseek_jax.precision import Float8Copies
 
@@ -54,8 +53,8 @@ def kept(config: ds.ModelConfig) -> list[jax.ShapeDtypeStruct]:
     def pull(params, copies, x_BTD):
         attend = causal_attend(jnp.zeros((1, LENGTH), jnp.int32), None, config)
         layer = lambda params, x_BTD: block(params, x_BTD, attend, None, config)[0]  # noqa: E731
-        if config.remat == 'paper':
-            layer = jax.checkpoint(layer, policy=ops.KEEP, prevent_cse=False)
+        if config.remat != 'none':
+            layer = jax.checkpoint(layer, policy=remat_policy(config), prevent_cse=False)
         return jax.vjp(lambda params, x_BTD: layer(copies.beside(params), x_BTD), params, x_BTD)[1]
 
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H100)):

@@ -1,6 +1,6 @@
 """One Transformer block: pre-normalised attention and feed-forward, dense or with experts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -135,10 +135,15 @@ def rematerialised(module: type[nn.Module], config: ModelConfig) -> type[nn.Modu
     """The module with `config.remat` applied to its backward pass; values are the same."""
     if config.remat == 'none':
         return module
+    return nn.remat(module, policy=remat_policy(config), prevent_cse=False)
+
+
+def remat_policy(config: ModelConfig) -> Callable[..., bool] | None:
+    """What `jax.checkpoint` keeps of a block under `config.remat`, which is not 'none'."""
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     policies = {
         'full': None,
         'paper': ops.KEEP,
         'dots': jax.checkpoint_policies.save_from_both_policies(dots, ops.KEEP),
     }
-    return nn.remat(module, policy=policies[config.remat], prevent_cse=False)
+    return policies[config.remat]

@@ -26,16 +26,11 @@ class Balance(NamedTuple):
 
 
 def swiglu(
-    params: Mapping[str, Any],
-    x_BTD: Float[Array, '*rows D'],
-    precision: PrecisionConfig,
+    params: Mapping[str, Any], x_BTD: Float[Array, '*rows D'], precision: PrecisionConfig
 ) -> Float[Array, '*rows D']:
-    """`W_down (silu(W_gate x) * W_up x)`."""
-    weights = (params['w_gate_DF'], params['w_up_DF'])
-    gate_BTF, up_BTF = ops.keep(ops.linears('...D,DF,DF->...F,...F', x_BTD, weights, precision))
-    with jax.named_scope('swiglu'):
-        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-    return ops.linear('...F,FD->...D', hidden_BTF, params['w_down_FD'], precision)
+    """The SwiGLU of a dense layer, and of shared experts."""
+    w_gate_DF, w_up_DF, w_down_FD = (params[name] for name in FFN_NAMES)
+    return ops.swiglu(x_BTD, w_gate_DF, w_up_DF, w_down_FD, precision)
 
 
 def routed_experts(

@@ -107,13 +107,31 @@ def linears(
         return tuple(einsum(f'{x_letters},{letters}->{y}', x, w) for letters, y, w in triples)
     contracted = sum(letter not in y_letters[0] for letter in w_letters[0])
     rows, width = x.shape[:-contracted], math.prod(x.shape[-contracted:])
-    masters = [w.master if isinstance(w, QTensor) else w for w in weights]
-    masters = None if masters[0] is None else tuple(_matrix(w, contracted) for w in masters)  # pyright: ignore
-    quantized = tuple(w.matrices() for w in weights) if isinstance(weights[0], QTensor) else None  # pyright: ignore
+    masters, quantized = _masters_and_copies(weights, contracted)
     with jax.named_scope('linear'):
         options = {'power_of_two': precision.power_of_two_scales, 'kept': kept}
         products = linears_fp8(x.reshape(-1, width), masters, quantized, **options)
     return tuple(y_MN.reshape(*rows, *w.shape[contracted:]) for y_MN, w in zip(products, weights, strict=True))
+
+
+def swiglu(
+    x: Float[Array, '*rows D'],
+    w_gate_DF: Array | QTensor,
+    w_up_DF: Array | QTensor,
+    w_down_FD: Array | QTensor,
+    precision: PrecisionConfig,
+) -> Float[Array, '*rows D']:
+    """`W_down (silu(W_gate x) * W_up x)` in the recipe's format; SwiGLU's input is what a rematerialised block keeps of it."""
+    if precision.recipe != 'fp8' or x.size == 0:
+        gate, up = keep(linears('...D,DF,DF->...F,...F', x, (w_gate_DF, w_up_DF), precision))
+        with jax.named_scope('swiglu'):
+            hidden = jax.nn.silu(gate) * up
+        return linear('...F,FD->...D', hidden, w_down_FD, precision)
+    masters, quantized = _masters_and_copies((w_gate_DF, w_up_DF, w_down_FD), 1)
+    with jax.named_scope('linear'):
+        power_of_two = precision.power_of_two_scales
+        y_MD = pallas_kernels.ffn_fp8(x.reshape(-1, x.shape[-1]), masters, quantized, power_of_two=power_of_two)  # pyright: ignore
+    return y_MD.reshape(x.shape)
 
 
 @jax.named_scope('linear')
@@ -129,6 +147,19 @@ def einsum(equation: str, x: Array, w: Array | QTensor) -> Array:
 def einsum_fp32(equation: str, x: Array, y: Array) -> Array:
     """A product whose result stays float32: attention scores, router affinities, logits."""
     return jnp.einsum(equation, x, y.astype(x.dtype), precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+def add_weight_gradient(
+    accumulator_KN: Float32[Array, 'K N'], x_MK: Float[Array, 'M K'], d_out_MN: Float[Array, 'M N']
+) -> Float32[Array, 'K N']:
+    """`accumulator + x.T @ d_out` in float32: one pass over the accumulator where there is a kernel that adds."""
+    (M, K), N = x_MK.shape, d_out_MN.shape[1]
+    if x_MK.dtype != jnp.bfloat16 or hopper_cores() is None or any(size % BLOCK for size in (M, K, N)):
+        return accumulator_KN + jnp.einsum(
+            'MK,MN->KN', x_MK, d_out_MN, precision=_precision(x_MK.dtype), preferred_element_type=jnp.float32
+        )
+    rows_E = jnp.full(1, M, jnp.int32)
+    return pallas_kernels.grouped_wgrad_bf16(x_MK, d_out_MN, rows_E, accumulator_KN[None])[0]
 
 
 def router_product(x_MD: Float[Array, 'M D'], w_DE: Float[Array, 'D E']) -> Float32[Array, 'M E']:
@@ -272,6 +303,15 @@ def expert_ffn(
 
 def _masters(params: Mapping[str, Any]) -> tuple[Array, Array, Array]:
     return params['w_gate_EDF'], params['w_up_EDF'], params['w_down_EFD']
+
+
+def _masters_and_copies(
+    weights: Sequence[Array | QTensor], inputs: int
+) -> tuple[tuple[Array, ...] | None, tuple[QuantizedWeight, ...] | None]:
+    """The matrices of the weights' masters and of their float8 copies, None where there are none."""
+    masters = [w.master if isinstance(w, QTensor) else w for w in weights]
+    masters = None if masters[0] is None else tuple(_matrix(w, inputs) for w in masters)  # pyright: ignore
+    return masters, tuple(w.matrices() for w in weights) if isinstance(weights[0], QTensor) else None  # pyright: ignore
 
 
 def _matrix(w: Array, inputs: int) -> Float[Array, 'K N']:

@@ -9,6 +9,7 @@ from pallas_kernels.decode_mla.api import LatentPages, decode_mla, quantize_late
 from pallas_kernels.decode_mla.schedule import PAGE
 from pallas_kernels.expert_ffn_bf16.api import expert_ffn_bf16
 from pallas_kernels.expert_ffn_fp8.api import ExpertWeights, expert_ffn_fp8, quantize_experts
+from pallas_kernels.ffn_fp8.api import ffn_fp8
 from pallas_kernels.flash_mla.api import flash_mla, flash_mla_e5m6
 from pallas_kernels.fp8 import Quantized
 from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
@@ -43,6 +44,7 @@ __all__ = [
     'dequantize_e5m6',
     'expert_ffn_bf16',
     'expert_ffn_fp8',
+    'ffn_fp8',
     'flash_mla',
     'flash_mla_e5m6',
     'gemm_fp8',

@@ -1,10 +1,12 @@
 """Which code serves a call: by name, or the first of the default order that can."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Literal
 
 import jax
+from jaxtyping import Array
 
 Implementation = Literal['reference', 'pallas']
 
@@ -24,6 +26,27 @@ def hopper_cores() -> int | None:
     if getattr(device, 'compute_capability', None) != '9.0':
         return None
     return device.core_count
+
+
+def traced_once(*static: str) -> Callable[[Callable], Callable]:
+    """Marks a function that calls a kernel: calls that differ in nothing but their values share its trace.
+
+    A program lowers and compiles a kernel once for each trace that it holds, and Mosaic GPU compiles one at a time, at
+    one to three seconds each, whenever the program is loaded. In the caller's trace nothing else changes.
+
+    Args:
+      static: names of the arguments that are not arrays.
+    """
+    return functools.partial(jax.jit, static_argnames=static, inline=True)
+
+
+def once(x: Array) -> Array:
+    """x, a kernel's result that a scan over layers both stacks and goes on with.
+
+    XLA has a kernel write straight into a stack, and runs it a second time for what else reads the result: never behind
+    a barrier.
+    """
+    return jax.lax.optimization_barrier(x)
 
 
 def choose(operation: str, implementation: str | None, refusal: Callable[[], str | None]) -> Implementation:

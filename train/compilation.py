@@ -65,7 +65,9 @@ class StepPrograms:
     report: Callable[[str], None]
 
     def __post_init__(self) -> None:
+        self._lowered: dict[int, jax.stages.Lowered] = {}
         self._programs: dict[int, jax.stages.Compiled] = {}
+        self._alone: set[int] = set()
 
     def has(self, batch: Mapping[str, jax.Array]) -> bool:
         """Whether the program for this batch is compiled."""
@@ -79,15 +81,30 @@ class StepPrograms:
         self._values = values
         began = time.monotonic()
         with self.explained():
-            self._programs[_size(batch)] = self._compiled(self._present())
+            self._lowered[_size(batch)] = self._lower(self._present())
+            program = self._programs[_size(batch)] = self._lowered[_size(batch)].compile()
+        if not memory.fits_twice(program, memory.available_bytes()):
+            self._alone.add(_size(batch))
         return time.monotonic() - began
 
     def __call__(
         self, state: State, batch: Mapping[str, jax.Array], values: Hyperparameters
     ) -> tuple[State, StepMetrics]:
-        """`train_step`, with its program compiled before."""
+        """`train_step`, with its program compiled before.
+
+        A step's temporaries are taken when it is given to the device: where those of two do not fit, the step before
+        is waited for.
+        """
         with self.explained():
+            if _size(batch) in self._alone:
+                jax.block_until_ready(state)
             return self._programs[_size(batch)](state, dict(batch), values)
+
+    def launch_separately(self) -> None:
+        """Compiles every program once more, with each kernel launched by itself: in a trace, a kernel that a graph
+        launches bears nothing of the instruction it belongs to."""
+        for size, lowered in self._lowered.items():
+            self._programs[size] = lowered.compile({'xla_gpu_graph_min_graph_size': 2**30})
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -106,13 +123,13 @@ class StepPrograms:
 
     def _needed_bytes(self, setting: memory.Setting) -> int | float | None:
         try:
-            return memory.needed_bytes(self._compiled(setting))
+            return memory.needed_bytes(self._lower(setting).compile())
         except jax.errors.JaxRuntimeError as error:
             if not memory.is_exhausted(error):
                 raise
             return math.inf
 
-    def _compiled(self, setting: memory.Setting) -> jax.stages.Compiled:
+    def _lower(self, setting: memory.Setting) -> jax.stages.Lowered:
         places, tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, self._shapes[0]))
         traced = _step_to(tuple(places), tree).trace(
             *self._shapes,
@@ -123,7 +140,7 @@ class StepPrograms:
             guard=self.guard,
             microbatch_size=setting.microbatch_size,
         )
-        return traced.lower().compile()
+        return traced.lower()
 
 
 @functools.cache

@@ -129,6 +129,12 @@ class Loop:
         self._pending = _Taken(given, values, metrics, waited, compile_seconds)
         return state
 
+    def launch_separately(self) -> None:
+        """Makes the steps that follow launch each kernel by itself, for a trace."""
+        self.write_pending()
+        self._programs.launch_separately()
+        self._last_time = time.monotonic()
+
     def write_pending(self) -> None:
         """Writes the lines of the last step, if they are not written yet.
 

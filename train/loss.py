@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import deepseek_jax as ds
 from deepseek_jax.config import check_types, require_positive
 from deepseek_jax.model import tokens_ahead
+from train.cross_entropy import cross_entropy
 from train.schedule import Schedule
 
 
@@ -105,53 +105,37 @@ def objective(
     length = tokens.shape[1] - 1
     ahead_LBT = tokens_ahead(tokens, length, model.mtp_depth) if model.mtp_depth else None
     states = ds.states(params, tokens[:, :-1], model, segments[:, :-1], ahead_LBT)
-    nats = cross_entropy(states.hidden_BTD, params['head_DV'], tokens[:, 1:], batch['weights'], config, model)
-    loss = nats / whole.weight
-    mtp_loss = jnp.zeros(())
-    for k in range(1, model.mtp_depth + 1):
-        assert states.mtp_LBTD is not None
-        pad = ((0, 0), (0, k))
-        weights = jnp.pad(_same_document(segments, k + 1), pad)
-        targets = jnp.pad(tokens[:, k + 1 :], pad)
-        total = cross_entropy(states.mtp_LBTD[k - 1], params['head_DV'], targets, weights, config, model)
-        mtp_loss += total / whole.mtp_weights[k - 1] / model.mtp_depth
+    hidden_LBTD = states.hidden_BTD[None]
+    if states.mtp_LBTD is not None:
+        hidden_LBTD = jnp.concatenate([hidden_LBTD, states.mtp_LBTD])
+    targets_LBT, weights_LBT = _targets(batch, model.mtp_depth)
+    factors = [1 / whole.weight, *(mtp_weight / (model.mtp_depth * weight) for weight in whole.mtp_weights)]
+    # All heads in one call: the gradient of the one matrix that they share is then added up in one place.
+    prediction_loss, nats_N = cross_entropy(
+        hidden_LBTD.reshape(-1, hidden_LBTD.shape[-1]),
+        params['head_DV'],
+        targets_LBT.reshape(-1),
+        (weights_LBT * jnp.stack(factors)[:, None, None]).reshape(-1),
+        model,
+        config.rows_per_chunk,
+    )
+    nats, *mtp_nats = jnp.sum(nats_N.reshape(weights_LBT.shape) * weights_LBT, axis=(1, 2))
+    mtp_losses = [nats / weight for nats, weight in zip(mtp_nats, whole.mtp_weights, strict=True)]
+    mtp_loss = sum(mtp_losses, start=jnp.zeros(())) / max(model.mtp_depth, 1)
     # A mean over the batch's sequences, so a part counts by how many of them it has.
     balance_loss = states.balance_loss_L.sum() * (len(tokens) / whole.num_sequences)
-    total = loss + mtp_weight * mtp_loss + config.balance_weight * balance_loss
-    return total, Losses(loss, mtp_loss, balance_loss, nats, states.load_LE)
+    total = prediction_loss + config.balance_weight * balance_loss
+    return total, Losses(nats / whole.weight, mtp_loss, balance_loss, nats, states.load_LE)
 
 
-@jax.named_scope('loss')
-def cross_entropy(
-    hidden_BTD: Float[Array, 'B T D'],
-    head_DV: Float[Array, 'D V'],
-    targets_BT: Int[Array, 'B T'],
-    weights_BT: Float[Array, 'B T'],
-    config: ObjectiveConfig,
-    model: ds.ModelConfig,
-) -> Float[Array, '']:
-    """The weighted sum of `-log softmax(hidden @ head)[target]` in nats, float32.
-
-    Rows are taken `rows_per_chunk` at a time, and the backward pass makes each chunk's logits again, so that the
-    logits of a batch are never whole in memory.
-    """
-    num_rows = targets_BT.size
-    chunk = min(config.rows_per_chunk, num_rows)
-    pad = -num_rows % chunk
-
-    def chunks(array: Array) -> Array:
-        flat = array.reshape(num_rows, *array.shape[2:])
-        return jnp.pad(flat, ((0, pad), *[(0, 0)] * (flat.ndim - 1))).reshape(-1, chunk, *flat.shape[1:])
-
-    @jax.checkpoint
-    def chunk_nats(total: Array, rows: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        hidden_MD, targets_M, weights_M = rows
-        logits_MV = ds.logits({'head_DV': head_DV}, hidden_MD, model)
-        target_logits_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
-        nats_M = jax.nn.logsumexp(logits_MV, axis=-1) - target_logits_M
-        return total + jnp.sum(nats_M * weights_M), None
-
-    return jax.lax.scan(chunk_nats, jnp.zeros(()), (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT)))[0]
+def _targets(batch: Mapping[str, Array], mtp_depth: int) -> tuple[Int[Array, 'L B T'], Float[Array, 'L B T']]:
+    """Targets and their weights: of the next token, then of each depth, those past the end with weight zero."""
+    tokens, segments = batch['tokens'], batch['segments']
+    targets, weights = [tokens[:, 1:]], [batch['weights']]
+    for k in range(1, mtp_depth + 1):
+        targets.append(jnp.pad(tokens[:, k + 1 :], ((0, 0), (0, k))))
+        weights.append(jnp.pad(_same_document(segments, k + 1), ((0, 0), (0, k))))
+    return jnp.stack(targets), jnp.stack(weights)
 
 
 def _same_document(segments: Array, distance: int) -> Array:

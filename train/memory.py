@@ -52,6 +52,14 @@ def needed_bytes(program: jax.stages.Compiled) -> int | None:
     return held + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
 
+def fits_twice(program: jax.stages.Compiled, limit: int | None) -> bool:
+    """Whether the temporaries of two executions fit beside one's arguments; so where there is no limit or no count."""
+    needed = needed_bytes(program)
+    if limit is None or needed is None:
+        return True
+    return needed + program.memory_analysis().temp_size_in_bytes <= limit  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def available_bytes() -> int | None:
     """Bytes that JAX may use on the smallest device of this process; None where there is no limit, as on CPUs."""
     limits = [(device.memory_stats() or {}).get('bytes_limit') for device in jax.local_devices()]

@@ -1,8 +1,9 @@
 """Where the time of a training step goes on a GPU: a table by part, and what share of the peak the step reaches.
 
-`python -m train --profile N` takes 3 steps to warm up, N steps by the clock, and N more under JAX's profiler. The
-second and the third are apart because XLA launches kernels one by one while it is traced, and in graphs otherwise: a
-traced step has longer gaps. Rates are those of the steps by the clock; parts are those of the traced ones.
+`python -m train --profile N` takes 3 steps to warm up, N steps by the clock, and N more under JAX's profiler, after another
+one to warm up. For the last ones the step is compiled once more, so that kernels are launched one by one: those that a CUDA
+graph launches bear no instruction in a trace. A traced step has longer gaps, then. Rates are those of the steps by the
+clock; parts are those of the traced ones.
 
 A trace has a line for every stream of a GPU, with an event for each kernel and each copy: its name, its start and its
 duration from CUPTI, and `hlo_op`, the instruction that launched it. Which part of the model that instruction comes
@@ -95,6 +96,8 @@ def _within(*scopes: str) -> str:
 _BACKWARD = r'^(?!.*rematted_computation).*transpose\('
 
 RULES = (
+    Rule(COPIES, kernel='^Mem(cpy|set)'),
+    Rule(LOSS, scope=_within('loss', 'head')),
     Rule(ATTENTION, kernel='^(flash|decode)_mla'),
     Rule(EXPERTS_WGRAD, kernel='^grouped_wgrad_'),
     Rule(EXPERTS_DGRAD, kernel='^(grouped|masked)_gemm_', scope=_BACKWARD),
@@ -104,8 +107,6 @@ RULES = (
     Rule(QUANTISE, kernel='^(re)?quantize_'),
     Rule(SWIGLU, kernel='^swiglu_quantize'),
     Rule(COLLECTIVES, kernel=r'(?i)^(nccl|nvshmem)|all_?(reduce|gather|to_?all)|reduce_?scatter|collective_?permute'),
-    Rule(COPIES, kernel='^Mem(cpy|set)'),
-    Rule(LOSS, scope=_within('loss', 'head')),
     Rule(EMBEDDING, scope=_within('embed')),
     Rule(ROUTER, scope=_within('route', 'sort')),
     Rule(ROUTER, kernel='radix_sort|RadixSort'),
@@ -282,19 +283,20 @@ class Profiler:
         """
         if steps < 1:
             raise ValueError(f'profile={steps} must be at least 1')
-        if steps_left <= (needed := WARM_UP + 2 * steps):
-            raise ValueError(f'{steps_left=} must exceed {needed}: {WARM_UP} to warm up, then {steps} twice')
+        if steps_left <= (needed := WARM_UP + 2 * steps + 1):
+            raise ValueError(f'{steps_left=} must exceed {needed}: {WARM_UP} + 1 to warm up, {steps} twice')
         self._folder, self._steps = folder, steps
         self._tokens, self._flops_per_token = tokens_per_step, flops_per_token
         self._first: int | None = None
         self._began = self._seconds = 0.0
 
-    def before_step(self, step: int, wait: Callable[[], object]) -> bool:
+    def before_step(self, step: int, wait: Callable[[], object], launch_separately: Callable[[], object]) -> bool:
         """To be called before each step; False ends the run: all is measured, printed and written.
 
         Args:
           step: number of the steps that were taken.
           wait: returns when the device has finished them.
+          launch_separately: makes the steps that follow launch each kernel by itself.
         """
         if self._first is None:
             self._first = step
@@ -305,8 +307,11 @@ class Profiler:
         elif taken == WARM_UP + self._steps:
             wait()
             self._seconds = (time.perf_counter() - self._began) / self._steps
+            launch_separately()
+        elif taken == WARM_UP + self._steps + 1:
+            wait()
             jax.profiler.start_trace(self._folder, profiler_options=_options())
-        elif taken == WARM_UP + 2 * self._steps:
+        elif taken == WARM_UP + 2 * self._steps + 1:
             wait()
             jax.profiler.stop_trace()
             self._report()
@@ -365,7 +370,7 @@ _EVENT_ID, _EVENT_STATS = 1, 5
 _STAT_ID, _STAT_NAME, _STAT_BYTES = 1, 2, 6
 _HLO_MODULE, _MODULE_COMPUTATIONS = 1, 3
 _COMPUTATION_INSTRUCTIONS, _COMPUTATION_ID = 2, 5
-_NAME, _OPCODE, _SHAPE, _METADATA, _CALLED = 1, 2, 3, 7, 38
+_NAME, _OPCODE, _SHAPE, _METADATA, _ID, _OPERANDS, _CALLED = 1, 2, 3, 7, 35, 36, 38
 _OP_NAME = 2
 _DIMENSIONS = 3
 
@@ -390,20 +395,27 @@ def scopes_of_programs(space: bytes) -> dict[tuple[int, str], str]:
 
 
 def scopes_of_module(module: bytes | memoryview) -> dict[str, str]:
-    """The path of each instruction of a serialized HloModuleProto; of a fusion, that under which most is computed."""
+    """The path of each instruction of a serialized HloModuleProto; of a fusion, that under which most is computed.
+
+    What has no path of its own, as the second half of a reduction that was split, has that of its first operand with one.
+    """
     computations = {
         _first(computation, _COMPUTATION_ID, 0): [
             dict(_fields(instruction)) for instruction in _all(computation, _COMPUTATION_INSTRUCTIONS)
         ]
         for computation in _all(module, _MODULE_COMPUTATIONS)
     }
-    scopes = {}
+    scopes, by_id = {}, {}
+    # Operands come before what reads them.
     for instruction in itertools.chain.from_iterable(computations.values()):
         scope = _path(instruction)
         if instruction[_OPCODE] == b'fusion':
             called = _numbers(instruction.get(_CALLED, b''))
             scope = _path_of_fusion([fused for number in called for fused in computations[number]]) or scope
-        scopes[bytes(instruction[_NAME]).decode()] = scope
+        if not scope and instruction[_OPCODE] not in _SILENT:
+            operands = _numbers(instruction.get(_OPERANDS, b''))
+            scope = next((by_id[number] for number in operands if by_id.get(number)), '')
+        by_id[instruction.get(_ID, 0)] = scopes[bytes(instruction[_NAME]).decode()] = scope
     return scopes
 
 

@@ -153,7 +153,7 @@ def train(
         with contextlib.closing(prefetch(map(loop.prepare, taken))) as inputs:
             for given, waited in inputs:
                 if profiler and not profiler.before_step(
-                    progress.step, functools.partial(jax.block_until_ready, state)
+                    progress.step, functools.partial(jax.block_until_ready, state), loop.launch_separately
                 ):
                     return None
                 state = loop.step(state, given, waited)

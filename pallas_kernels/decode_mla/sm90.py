@@ -36,7 +36,7 @@ from pallas_kernels.decode_mla.schedule import PAGE, Schedule, place, schedule, 
 from pallas_kernels.decode_mla.sm90_combine import LOWEST, combine_parts
 from pallas_kernels.decode_mla.tuned import FEW, MANY, CombineConfig
 from pallas_kernels.fp8 import BLOCK, E4M3
-from pallas_kernels.implementation import hopper_cores
+from pallas_kernels.implementation import hopper_cores, traced_once
 from pallas_kernels.tiles import COMPILER, accumulate, rows_of, swizzled
 
 WGMMA = plgpu.Layout.WGMMA
@@ -68,6 +68,7 @@ def refusal(q_BTHL: Array, q_rope_BTHR: Array, pages: LatentPages) -> str | None
     return None
 
 
+@traced_once('scale', 'cores', 'cluster', 'combine', 'interpret')
 def decode_mla(
     q_BTHL: Float[Array, 'B T H L'],
     q_rope_BTHR: Float[Array, 'B T H R'],

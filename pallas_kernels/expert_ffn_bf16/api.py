@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.expert_ffn_fp8.api import SAVED
 from pallas_kernels.grouped_gemm_bf16.api import grouped_gemm_bf16, grouped_wgrad_bf16
-from pallas_kernels.implementation import Implementation
+from pallas_kernels.implementation import Implementation, once
 from pallas_kernels.routes import Routes, combine, permute_vector
 
 
@@ -59,7 +59,7 @@ def expert_ffn_bf16(
         )
     multiply = functools.partial(_product, implementation)
     x_MD = _permute(x_TD, routes)
-    gate_up_MG = checkpoint_name(multiply(x_MD, (w_gate_EDF, w_up_EDF), routes.group_sizes_E), SAVED)
+    gate_up_MG = checkpoint_name(once(multiply(x_MD, (w_gate_EDF, w_up_EDF), routes.group_sizes_E)), SAVED)
     gate_M1 = permute_vector(gates_TK, routes)[:, None]
     with jax.named_scope('swiglu'):
         gate_MF, up_MF = jnp.split(gate_up_MG.astype(jnp.float32), 2, axis=1)

@@ -21,7 +21,7 @@ from pallas_kernels.flash_mla import reference, sm90
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, of_documents, of_positions
 from pallas_kernels.fp8 import BLOCK
-from pallas_kernels.implementation import Implementation, choose
+from pallas_kernels.implementation import Implementation, choose, once
 from pallas_kernels.quantize_fp8.api import E5M6, dequantize_e5m6, quantize_e5m6
 
 SAVED = 'flash_mla'  # name of what is kept of both results for policies of `jax.checkpoint`: a pass that keeps them need not run again
@@ -149,7 +149,7 @@ def _forward(call: _Call, x: Inputs, sight: Sight | None) -> tuple[tuple[Array, 
     out_BTHU, lse_BHT = module(call.chosen).forward(x, sight, call.scale)
     lse_BHT = checkpoint_name(lse_BHT, SAVED)
     if not call.keep_e5m6:
-        out_BTHU = checkpoint_name(out_BTHU, SAVED)
+        out_BTHU = checkpoint_name(once(out_BTHU), SAVED)
         return (out_BTHU, lse_BHT, None), (x, sight, out_BTHU, lse_BHT)
     rows_MK = out_BTHU.reshape(math.prod(out_BTHU.shape[:2]), -1)
     packed = quantize_e5m6(rows_MK, implementation=call.chosen)

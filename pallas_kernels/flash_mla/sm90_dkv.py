@@ -24,12 +24,14 @@ from pallas_kernels.flash_mla import parts, tuned
 from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, VALUE, WG_ROWS, WGMMA
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, padded, query_ranges
+from pallas_kernels.implementation import traced_once
 from pallas_kernels.tiles import COMPILER, accumulate
 
 KEYS = WG_ROWS
 WIDE_CHUNK = 32  # columns of one copy of float32 results
 
 
+@traced_once('scale', 'config', 'interpret')
 def key_gradients(
     x: Inputs,
     sight: Sight | None,

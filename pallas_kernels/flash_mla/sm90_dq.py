@@ -23,9 +23,11 @@ from pallas_kernels.flash_mla import parts, tuned
 from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, ROWS, VALUE, WARPGROUPS, WG_ROWS, WGMMA
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, key_ranges, padded
+from pallas_kernels.implementation import traced_once
 from pallas_kernels.tiles import COMPILER, accumulate, rows_of
 
 
+@traced_once('scale', 'config', 'interpret')
 def query_gradients(
     x: Inputs,
     sight: Sight | None,

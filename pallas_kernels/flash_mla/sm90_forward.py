@@ -27,9 +27,11 @@ from pallas_kernels.flash_mla.parts import LOG2_E, PART, ROPE, ROWS, VALUE, WARP
 from pallas_kernels.flash_mla.reference import Inputs
 from pallas_kernels.flash_mla.sight import Sight, key_ranges, padded
 from pallas_kernels.fp8 import round_up
+from pallas_kernels.implementation import traced_once
 from pallas_kernels.tiles import COMPILER, accumulate, rows_of
 
 
+@traced_once('scale', 'config', 'interpret')
 def attend(
     x: Inputs, sight: Sight | None, scale: float, config: tuned.ForwardConfig = tuned.FORWARD, interpret: Any = None
 ) -> tuple[Float[Array, 'B T H U'], Float32[Array, 'B H t']]:

@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, Float32
 from pallas_kernels.fp8 import Quantized
 from pallas_kernels.gemm_fp8 import kernel, tuned
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
+from pallas_kernels.implementation import traced_once
 
 
+@traced_once('out_dtype', 'config', 'interpret')
 def gemm_fp8(
     lhs: Quantized, rhs: Quantized, out_dtype: DTypeLike, config: GemmConfig | None = None, interpret: Any = None
 ) -> Float[Array, 'M N']:
@@ -29,6 +31,7 @@ def gemm_fp8(
     return out_MN[:m] if extra else out_MN
 
 
+@traced_once('config', 'interpret')
 def wgrad_fp8(
     lhs: Quantized,
     rhs: Quantized,

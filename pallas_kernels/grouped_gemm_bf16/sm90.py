@@ -30,7 +30,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32
 from pallas_kernels.grouped_gemm_bf16 import tuned
 from pallas_kernels.grouped_gemm_bf16.tuned import STEP, GroupedConfig
 from pallas_kernels.groups import ALIGNMENT, Tiles, contiguous_tiles, group_starts, masked_tiles
-from pallas_kernels.implementation import hopper_cores
+from pallas_kernels.implementation import hopper_cores, traced_once
 from pallas_kernels.tiles import COMPILER, output_chunk, swizzled
 
 WG_ROWS = 64  # of one wgmma
@@ -76,6 +76,7 @@ class _Walk:
     rhs_major: bool
 
 
+@traced_once('transpose_rhs', 'out_dtype', 'config', 'interpret')
 def grouped_gemm_bf16(
     lhs_MK: BFloat16[Array, 'M K'],
     rhs_EKN: BFloat16[Array, 'E _ _'],
@@ -91,6 +92,7 @@ def grouped_gemm_bf16(
     return _gemm('grouped_gemm_bf16', lhs_MK, rhs_EKN, tiles, transpose_rhs, out_dtype, config, interpret)
 
 
+@traced_once('transpose_rhs', 'out_dtype', 'config', 'interpret')
 def masked_gemm_bf16(
     lhs_MK: BFloat16[Array, 'M K'],
     rhs_EKN: BFloat16[Array, 'E _ _'],
@@ -107,6 +109,7 @@ def masked_gemm_bf16(
     return _gemm('masked_gemm_bf16', lhs_MK, rhs_EKN, tiles, transpose_rhs, out_dtype, config, interpret)
 
 
+@traced_once('config', 'interpret')
 def grouped_wgrad_bf16(
     lhs_MK: BFloat16[Array, 'M K'],
     d_out_MN: BFloat16[Array, 'M N'],

@@ -12,8 +12,10 @@ from pallas_kernels.gemm_fp8 import kernel
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
 from pallas_kernels.grouped_gemm_fp8 import tuned
 from pallas_kernels.groups import Tiles, contiguous_tiles, group_starts, masked_tiles
+from pallas_kernels.implementation import traced_once
 
 
+@traced_once('out_dtype', 'config', 'interpret')
 def grouped_gemm_fp8(
     lhs: Quantized,
     rhs: Quantized,
@@ -29,6 +31,7 @@ def grouped_gemm_fp8(
     return _on_tiles(lhs, rhs, tiles, out_dtype, config, 'grouped_gemm_fp8', interpret)
 
 
+@traced_once('out_dtype', 'config', 'interpret')
 def masked_gemm_fp8(
     lhs: Quantized,
     rhs: Quantized,
@@ -44,6 +47,7 @@ def masked_gemm_fp8(
     return _on_tiles(lhs, rhs, tiles, out_dtype, config, 'masked_gemm_fp8', interpret)
 
 
+@traced_once('config', 'interpret')
 def grouped_wgrad_fp8(
     lhs: Quantized,
     rhs: Quantized,

@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
-from pallas_kernels.implementation import hopper_cores
+from pallas_kernels.implementation import hopper_cores, traced_once
 from pallas_kernels.quantize_fp8 import tuned
 from pallas_kernels.quantize_fp8.reference import (
     E5M6,
@@ -66,6 +66,7 @@ def blocks_refusal(*weights: Array) -> str | None:
     return None
 
 
+@traced_once('power_of_two', 'config', 'cores', 'interpret')
 def quantize_rows(x_MK: Array, power_of_two: bool = False, **options: Any) -> Quantized:
     """As the reference. All kernels here take these options:
 
@@ -76,11 +77,13 @@ def quantize_rows(x_MK: Array, power_of_two: bool = False, **options: Any) -> Qu
     return Quantized(*_quantize('rows', x_MK, [functools.partial(_rows, power_of_two=power_of_two)], **options))
 
 
+@traced_once('power_of_two', 'config', 'cores', 'interpret')
 def quantize_columns(x_MK: Array, power_of_two: bool = False, **options: Any) -> Quantized:
     """As the reference; the options are those of `quantize_rows`."""
     return Quantized(*_quantize('columns', x_MK, [functools.partial(_columns, power_of_two=power_of_two)], **options))
 
 
+@traced_once('power_of_two', 'config', 'cores', 'interpret')
 def requantize_columns(
     x: Quantized, power_of_two: bool = False, config: QuantizeConfig | None = None, **options: Any
 ) -> Quantized:
@@ -95,6 +98,7 @@ def requantize_columns(
     return Quantized(*walk('requantize_columns', (M, K), inputs, [one], config, **options))
 
 
+@traced_once('power_of_two', 'config', 'cores', 'interpret')
 def quantize_rows_and_columns(x_MK: Array, power_of_two: bool = False, **options: Any) -> tuple[Quantized, Quantized]:
     """As the reference; the options are those of `quantize_rows`."""
     passes = [functools.partial(one, power_of_two=power_of_two) for one in (_rows, _columns)]
@@ -102,6 +106,7 @@ def quantize_rows_and_columns(x_MK: Array, power_of_two: bool = False, **options
     return Quantized(*outs[:2]), Quantized(*outs[2:])
 
 
+@traced_once('power_of_two', 'config', 'cores', 'interpret')
 def quantize_blocks(
     *weights: Array, power_of_two: bool = False, config: QuantizeConfig | None = None, **options: Any
 ) -> tuple[Quantized, Quantized]:
@@ -121,6 +126,7 @@ def quantize_blocks(
     return natural, Quantized(values_t.reshape(*stack, N, K), scales_t.reshape(*stack, blocks(N), blocks(K)))
 
 
+@traced_once('config', 'cores', 'interpret')
 def quantize_e5m6(x_MK: Array, **options: Any) -> E5M6:
     """As the reference; the options are those of `quantize_rows`."""
     return E5M6(*_quantize('e5m6', x_MK, [_e5m6], **options))

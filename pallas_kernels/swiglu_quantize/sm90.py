@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32
 
 from pallas_kernels.fp8 import BLOCK, E4M3, Quantized, blocks, round_up
+from pallas_kernels.implementation import traced_once
 from pallas_kernels.quantize_fp8.reference import scale_and_multiplier
 from pallas_kernels.quantize_fp8.sm90 import (
     CHUNK,
@@ -58,6 +59,7 @@ def refusal(gate_up: Quantized | Array, *others: Array) -> str | None:
     return None
 
 
+@traced_once('power_of_two', 'columns', 'config', 'cores', 'interpret')
 def swiglu_quantize(
     gate_up_MG: Array,
     gate_weight_M: Array | None = None,
@@ -82,6 +84,7 @@ def swiglu_quantize(
     return Quantized(*outs[:2]), Quantized(*outs[2:]) if columns else None
 
 
+@traced_once('power_of_two', 'columns', 'config', 'cores', 'interpret')
 def swiglu_quantize_backward(
     gate_up: Quantized | Array,
     d_hidden_MH: Array,

@@ -166,14 +166,14 @@ def scarce(monkeypatch):
         def __call__(self, *_):
             raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')
 
-    class Lowered:
+    class Lowered(jax.stages.Lowered):
         def __init__(self, size):
             self.size = size
 
         def lower(self):
             return self
 
-        def compile(self):
+        def compile(self, compiler_options=None):
             if self.size > 100:
                 raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Ran out of memory while compiling')
             return Program(self.size)

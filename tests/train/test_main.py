@@ -106,7 +106,7 @@ REFUSED = {
     'no configuration': ([], ['--config', 'required']),
     'unknown option': (['--config', '{config}', '--bogus'], ['--bogus']),
     'profile of no number of steps': (['--profile', 'many'], ['--profile', "invalid int value: 'many'"]),
-    'profile of more steps than the run has': (['--profile', '29'], ['steps_left=60 must exceed 61', '29 twice']),
+    'profile of more steps than the run has': (['--profile', '29'], ['steps_left=60 must exceed 62', '29 twice']),
     'profile of no steps': (['--profile', '0'], ['profile=0 must be at least 1']),
     'unknown macro': (['--set', 'TOTAL_STEP = 3'], ['TOTAL_STEP = 3', 'no macro named']),
     'macro that nothing sets': (['--set', 'SEED = %NO_SUCH'], ["'NO_SUCH/gin.macro'", 'No bindings']),

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings('ignore:builtin type .* has no __module_
 FORWARD, BACKWARD = 'jit(step)/jvp(DeepSeekV3)/while/body', 'jit(step)/transpose(jvp(DeepSeekV3))/while/body'
 REMAT = f'{BACKWARD}/moe_layers/checkpoint/rematted_computation'
 EXAMPLES = [
+    ('grouped_wgrad_bf16_mosaic_gpu_kernel', 'jit(step)/jvp(loss)/while/body/head/grouped_wgrad_bf16', profile.LOSS),
+    ('nvjet_tst_256x128', 'jit(step)/jvp(loss)/while/body/head/dot_general', profile.LOSS),
     ('flash_mla_dkv_mosaic_gpu_kernel', f'{BACKWARD}/moe_layers/attend/flash_mla_dkv', profile.ATTENTION),
     ('loop_multiply_fusion_3', f'{BACKWARD}/moe_layers/checkpoint/attend', profile.ATTENTION),
     ('gemm_fp8_mosaic_gpu_kernel', f'{FORWARD}/moe_layers/linear/gemm_fp8', profile.LINEAR_FP8),
@@ -173,7 +175,7 @@ def test_scope_of_an_instruction_is_where_most_of_it_comes_from():
         'fusion.1': 'jit(step)/route',
         'fusion.2': 'jit(step)/experts/k/call',
         'fusion.3': 'jit(step)/embed/abs',
-        'copy.1': '',
+        'copy.1': 'jit(step)/embed/abs',
         'add.1': 'jit(step)/head/add',
     }
 
@@ -298,16 +300,17 @@ def profiler(tmp_path):
     return functools.partial(Profiler, tmp_path / 'profile', tokens_per_step=512, flops_per_token=1e6)
 
 
-def test_profiler_waits_thrice_writes_a_trace_and_ends_the_run(profiler, tmp_path, capsys):
+def test_profiler_waits_four_times_writes_a_trace_and_ends_the_run(profiler, tmp_path, capsys):
     step = jax.jit(lambda x: jnp.tanh(x @ x))
     x, events = jnp.ones((64, 64)), []
-    one = profiler(2, steps_left=8)
+    one = profiler(2, steps_left=9)
+    called = [functools.partial(events.append, name) for name in ('wait', 'separate')]
     for number in range(40, 60):
-        if not one.before_step(number, functools.partial(events.append, 'wait')):
+        if not one.before_step(number, *called):
             break
         events.append(number)
         x = step(x)
-    assert events == [40, 41, 42, 'wait', 43, 44, 'wait', 45, 46, 'wait']
+    assert events == [40, 41, 42, 'wait', 43, 44, 'wait', 'separate', 45, 'wait', 46, 47, 'wait']
     found = json.loads((tmp_path / 'profile' / 'profile.json').read_text())
     assert found['device'] == 'cpu'
     assert found['steps'] == 2
@@ -320,9 +323,9 @@ def test_profiler_waits_thrice_writes_a_trace_and_ends_the_run(profiler, tmp_pat
 
 
 def test_profiler_refuses_a_run_without_enough_steps(profiler, tmp_path):
-    profiler(2, steps_left=8)
-    with pytest.raises(ValueError, match='steps_left=7 must exceed 7: 3 to warm up, then 2 twice'):
-        profiler(2, steps_left=7)
+    profiler(2, steps_left=9)
+    with pytest.raises(ValueError, match=r'steps_left=8 must exceed 8: 3 \+ 1 to warm up, 2 twice'):
+        profiler(2, steps_left=8)
     with pytest.raises(ValueError, match='profile=0 must be at least 1'):
         profiler(0, steps_left=100)
     assert list(tmp_path.iterdir()) == []
@@ -390,13 +393,13 @@ def test_profiled_run_stops_after_its_steps(tmp_path, model, data, optimizer, ob
     arguments = {'model': model, 'data': data, 'optimizer': optimizer, 'objective': objective, 'guard': guard.DEFAULT}
     arguments |= {'checkpoints': CheckpointConfig(), 'batch_size': 4, 'sequence_length': 16, 'seed': 0}
     arguments |= {'checkpoint_every': 2, 'eval_every': 2, 'eval_rows': 8, 'total_steps': 60}
-    with pytest.raises(ValueError, match='steps_left=60 must exceed 61'):
+    with pytest.raises(ValueError, match='steps_left=60 must exceed 62'):
         run.train(**arguments, run_dir=str(tmp_path / 'no'), profile=29)
     assert list(tmp_path.iterdir()) == []
     assert run.train(**arguments, run_dir=str(tmp_path / 'run'), profile=2) is None
     found = json.loads((tmp_path / 'run' / 'profile' / 'profile.json').read_text())
     assert found['tokens_per_step'] == 64
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
-    assert {line['step'] for line in lines} <= set(range(1, 8))
+    assert {line['step'] for line in lines} <= set(range(1, 9))
     assert not any('heldout_bits_per_byte' in line for line in lines)
     assert 'tokens a second' in capsys.readouterr().out
