@@ -59,7 +59,7 @@ def main() -> int:
         print(f'error: {error}'.partition('\n')[0], file=sys.stderr)
         return 2
     except TrainingError as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {error}'.partition('\n')[0], file=sys.stderr)
         return 1
     if options.print:
         print(loader.operative_config(), end='')

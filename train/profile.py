@@ -412,7 +412,7 @@ def scopes_of_module(module: bytes | memoryview) -> dict[str, str]:
         if instruction[_OPCODE] == b'fusion':
             called = _numbers(instruction.get(_CALLED, b''))
             scope = _path_of_fusion([fused for number in called for fused in computations[number]]) or scope
-        if not scope and instruction[_OPCODE] not in _SILENT:
+        if not scope:
             operands = _numbers(instruction.get(_OPERANDS, b''))
             scope = next((by_id[number] for number in operands if by_id.get(number)), '')
         by_id[instruction.get(_ID, 0)] = scopes[bytes(instruction[_NAME]).decode()] = scope

@@ -7,8 +7,10 @@
 What the backward pass keeps is float8: x in tiles of tokens, and w. Neither x nor w is kept in its own format. An x that is
 kept in 12 bits anyway is quantised from those.
 
-Weights that share their input share its quantisation and the three products. Their bytes are laid side by side along N,
-each from a new block of 128 on, so that the tiles are those of the weights apart:
+Weights that share their input share its quantisation. They share the three products, too, where outputs are narrower than
+four times the input: the joining and cutting of outputs and of their gradients then costs less than a dx for each weight
+(MLA joins the down-projections, and keeps the up-projections apart). The bytes of joined weights are laid side by side along
+N, each from a new block of 128 on, so that the tiles are those of the weights apart:
 
   widths 1536, 512, 64:    | 0 .. 1535 | 1536 .. 2047 | 2048 .. 2111 |
   widths 96, 64:           | 0 .. 95, 32 columns of zeros | 128 .. 191 |
@@ -100,7 +102,7 @@ def linears_fp8(
     power_of_two: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'M _'], ...]:
-    """Returns `x @ w` for each weight, from one quantisation of x and one product. Otherwise as `linear_fp8`.
+    """Returns `x @ w` for each weight, from one quantisation of x. Otherwise as `linear_fp8`.
 
     'pallas' serves widths that are multiples of 64. Widths that are no multiples of 128 cost least as the last one.
 
@@ -141,22 +143,29 @@ def _forward(call: _Call, x_MK: Array, weights: tuple | None, copies: tuple | No
 
 def _backward(call: _Call, residuals: tuple, d_outputs: tuple[Array, ...]):
     columns, natural = residuals
-    d_MN = _side_by_side(d_outputs, whole=True)
-    if call.weight_dtypes:
-        d_rows, d_columns = quantize_rows_and_columns(d_MN, **call.options)
-    else:
-        d_rows, d_columns = quantize_rows(d_MN, **call.options), None
-    values_KN = _side_by_side([w.values for w in natural], whole=True)
-    joined = Quantized(values_KN, _concatenate([w.scales for w in natural], 1))
-    d_x_MK = gemm_fp8(d_rows, joined, out_dtype=d_MN.dtype, implementation=call.implementation)
-    if d_columns is None:
-        return d_x_MK, None, None, None
+    dtype = d_outputs[0].dtype
     if isinstance(columns, E5M6):
-        columns = quantize_columns(dequantize_e5m6(columns, dtype=d_MN.dtype), **call.options)
-    d_w_KN = wgrad_fp8(columns, d_columns, implementation=call.implementation)
-    d_weights = _apart(d_w_KN, [w.values.shape[1] for w in natural])
-    d_weights = tuple(d.astype(dtype) for d, dtype in zip(d_weights, call.weight_dtypes, strict=True))
-    return d_x_MK, d_weights, None, None
+        columns = quantize_columns(dequantize_e5m6(columns, dtype=dtype), **call.options)
+    groups = _groups(natural[0].values.shape[0], [w.values.shape[1] for w in natural])
+    # A sum over groups is rounded once.
+    sum_dtype = dtype if len(groups) == 1 else jnp.float32
+    inputs, d_weights = [], []
+    for group in groups:
+        weights = natural[group]
+        d_MN = _side_by_side(d_outputs[group], whole=True)
+        if call.weight_dtypes:
+            d_rows, d_columns = quantize_rows_and_columns(d_MN, **call.options)
+            d_w_KN = wgrad_fp8(columns, d_columns, implementation=call.implementation)
+            d_weights += _apart(d_w_KN, [w.values.shape[1] for w in weights])
+        else:
+            d_rows = quantize_rows(d_MN, **call.options)
+        values_KN = _side_by_side([w.values for w in weights], whole=True)
+        joined = Quantized(values_KN, _concatenate([w.scales for w in weights], 1))
+        inputs.append(gemm_fp8(d_rows, joined, out_dtype=sum_dtype, implementation=call.implementation))
+    d_x_MK = functools.reduce(jnp.add, inputs).astype(dtype)
+    if not call.weight_dtypes:
+        return d_x_MK, None, None, None
+    return d_x_MK, tuple(d.astype(dtype) for d, dtype in zip(d_weights, call.weight_dtypes, strict=True)), None, None
 
 
 _linears.defvjp(_forward, _backward)
@@ -171,9 +180,20 @@ def _copies(call: _Call, weights: tuple | None, copies: tuple | None) -> tuple[Q
 
 def _output(call: _Call, rows: Quantized, copies: tuple[QuantizedWeight, ...], dtype: jnp.dtype) -> tuple[Array, ...]:
     values = [copy.transposed.values for copy in copies]
-    joined = Quantized(_side_by_side(values, axis=0), _concatenate([copy.transposed.scales for copy in copies], 0))
-    y_MN = gemm_fp8(rows, joined, out_dtype=dtype, implementation=call.implementation)
-    return _apart(y_MN, [value.shape[0] for value in values])
+    outputs = []
+    for group in _groups(values[0].shape[1], [value.shape[0] for value in values]):
+        scales = [copy.transposed.scales for copy in copies[group]]
+        joined = Quantized(_side_by_side(values[group], axis=0), _concatenate(scales, 0))
+        y_MN = gemm_fp8(rows, joined, out_dtype=dtype, implementation=call.implementation)
+        outputs += _apart(y_MN, [value.shape[0] for value in values[group]])
+    return tuple(outputs)
+
+
+def _groups(inputs: int, widths: Sequence[int]) -> list[slice]:
+    """The weights that share a product: all, or each alone."""
+    if sum(widths) < 4 * inputs:
+        return [slice(0, len(widths))]
+    return [slice(i, i + 1) for i in range(len(widths))]
 
 
 def _side_by_side(parts: Sequence[Array], axis: int = 1, whole: bool = False) -> Array:
