@@ -44,8 +44,8 @@ class ExpertWeights(NamedTuple):
     down: QuantizedWeight
 
 
-class _Call(NamedTuple):
-    """What is known before the call runs: of the masters, if there are any, the dtypes and F."""
+class Call(NamedTuple):
+    """What is known before a layer runs: of the masters, if there are any, the dtypes; and F."""
 
     dtypes: tuple[jnp.dtype, ...]
     width: int
@@ -120,12 +120,12 @@ def expert_ffn_fp8(
     if experts != (wanted := (routes.group_sizes_E.shape[0], x_TD.shape[1])):
         raise ValueError(f'expert_ffn_fp8: weights are for (E, D) = {experts}, routes and x for {wanted}')
     dtypes, width = ((), 0) if weights is None else (tuple(w.dtype for w in weights), weights[0].shape[2])
-    return _ffn(_Call(dtypes, width, power_of_two, implementation), x_TD, gates_TK, routes, weights, quantized)
+    return _ffn(Call(dtypes, width, power_of_two, implementation), x_TD, gates_TK, routes, weights, quantized)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ffn(
-    call: _Call,
+    call: Call,
     x_TD: Array,
     gates_TK: Array,
     routes: Routes,
@@ -136,7 +136,7 @@ def _ffn(
 
 
 def _forward(
-    call: _Call,
+    call: Call,
     x_TD: Array,
     gates_TK: Array,
     routes: Routes,
@@ -161,7 +161,7 @@ def _forward(
     return out_TD, (x, gate_up, gate_M, quantized.gate_up.natural, quantized.down.natural, routes)
 
 
-def _backward(call: _Call, residuals: tuple, d_out_TD: Array) -> tuple:
+def _backward(call: Call, residuals: tuple, d_out_TD: Array) -> tuple:
     x, gate_up, gate_M, w_gate_up, w_down, routes = residuals
     sizes_E, multiply = routes.group_sizes_E, functools.partial(grouped_gemm_fp8, implementation=call.implementation)
     d_out = permute(quantize_rows(d_out_TD, **call.options), routes.token_M)

@@ -9,14 +9,13 @@ float8 matrices: x in tiles of tokens, gate_up, and the weights; h is computed a
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from pallas_kernels.expert_ffn_fp8.api import SAVED
+from pallas_kernels.expert_ffn_fp8.api import SAVED, Call
 from pallas_kernels.fp8 import BLOCK, Quantized, dequantize_rows, rounded
 from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
 from pallas_kernels.implementation import Implementation
@@ -25,19 +24,6 @@ from pallas_kernels.quantize_fp8.api import quantize_blocks, quantize_rows, quan
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize, swiglu_quantize_backward
 
 Copies = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
-
-
-class _Call(NamedTuple):
-    """What is known before the call runs: of the masters, if there are any, the dtypes; and F."""
-
-    dtypes: tuple[jnp.dtype, ...]
-    width: int
-    power_of_two: bool
-    implementation: Implementation | None
-
-    @property
-    def options(self) -> dict:
-        return {'power_of_two': self.power_of_two, 'implementation': self.implementation}
 
 
 def ffn_fp8(
@@ -80,15 +66,15 @@ def ffn_fp8(
     if quantized is not None and (found := tuple(w.natural.values.shape for w in quantized)) != shapes:
         raise ValueError(f'ffn_fp8: quantised weights have shapes {found}, they must have {shapes}')
     dtypes = tuple(w.dtype for w in weights or ())
-    return _ffn(_Call(dtypes, F, power_of_two, implementation), x_MD, weights, quantized)
+    return _ffn(Call(dtypes, F, power_of_two, implementation), x_MD, weights, quantized)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ffn(call: _Call, x_MD: Array, weights: tuple | None, quantized: Copies | None) -> Array:
+def _ffn(call: Call, x_MD: Array, weights: tuple | None, quantized: Copies | None) -> Array:
     return _output(call, quantize_rows(x_MD, **call.options), _joined(call, weights, quantized), x_MD.dtype)[0]
 
 
-def _forward(call: _Call, x_MD: Array, weights: tuple | None, quantized: Copies | None) -> tuple[Array, tuple]:
+def _forward(call: Call, x_MD: Array, weights: tuple | None, quantized: Copies | None) -> tuple[Array, tuple]:
     joined = gate_up_weight, down_weight = _joined(call, weights, quantized)
     if call.dtypes:
         rows, columns = quantize_rows_and_columns(x_MD, **call.options)
@@ -101,7 +87,7 @@ def _forward(call: _Call, x_MD: Array, weights: tuple | None, quantized: Copies 
 
 
 def _output(
-    call: _Call, rows: Quantized, weights: tuple[QuantizedWeight, QuantizedWeight], dtype: jnp.dtype
+    call: Call, rows: Quantized, weights: tuple[QuantizedWeight, QuantizedWeight], dtype: jnp.dtype
 ) -> tuple[Array, Array]:
     multiply = functools.partial(gemm_fp8, out_dtype=dtype, implementation=call.implementation)
     gate_up_weight, down_weight = weights
@@ -110,7 +96,7 @@ def _output(
     return multiply(hidden, down_weight.transposed), gate_up_MG
 
 
-def _backward(call: _Call, residuals: tuple, d_MD: Array) -> tuple:
+def _backward(call: Call, residuals: tuple, d_MD: Array) -> tuple:
     x_columns, gate_up, gate_up_weight, down_weight = residuals
     multiply = functools.partial(gemm_fp8, out_dtype=d_MD.dtype, implementation=call.implementation)
     if call.dtypes:
@@ -133,7 +119,7 @@ def _backward(call: _Call, residuals: tuple, d_MD: Array) -> tuple:
 _ffn.defvjp(_forward, _backward)
 
 
-def _joined(call: _Call, weights: tuple | None, quantized: Copies | None) -> tuple[QuantizedWeight, QuantizedWeight]:
+def _joined(call: Call, weights: tuple | None, quantized: Copies | None) -> tuple[QuantizedWeight, QuantizedWeight]:
     """Gate and up side by side, and down, F filled up with zeros to whole blocks."""
     if quantized is None:
         assert weights is not None

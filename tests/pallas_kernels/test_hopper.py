@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import core
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tests.pallas_kernels.hopper import compile_for_h100, needs_hopper_tools, read_dump
+from pallas_kernels.linear_fp8.api import linear_fp8
+from tests.pallas_kernels.hopper import DEVICE, compile_for_h100, needs_hopper_tools, read_dump
 
 SIZE = 128
 ARGUMENT = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.bfloat16)
@@ -136,3 +138,24 @@ def test_a_dump_is_read(tmp_path):
     assert [len(kernel.serialized_warnings), len(kernel.warnings)] == [1, 1]
     assert kernel.instructions == {'QGMMA': 1, 'STL': 1, 'LDL': 1}
     assert len(kernel.problems()) == 5
+
+
+def test_calls_of_the_same_shapes_share_one_kernel_of_a_program():
+    """In two scans and under differentiation, as layers of a model call them."""
+
+    def layers(x_MK, weights):
+        for w_LKN in weights:
+            x_MK, _ = jax.lax.scan(lambda x, w: (linear_fp8(x, w), None), x_MK, w_LKN)
+        return x_MK.astype(jnp.float32).sum()
+
+    x_MK = jax.ShapeDtypeStruct((256, 384), jnp.bfloat16)
+    weights = [jax.ShapeDtypeStruct((2, 384, 384), jnp.float32)] * 2
+    known = set(core.KNOWN_KERNELS)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=DEVICE)):
+        traced = jax.jit(jax.grad(layers, argnums=(0, 1))).trace(x_MK, weights)
+        text = traced.lower(lowering_platforms=('cuda',)).as_text()
+    # Outputs and gradients of inputs are one product of the same shapes. Inputs and gradients are quantised alike, and would
+    # share a kernel, too, if the types of both named the abstract mesh, which stands for the device here.
+    kernels = ('quantize_blocks', 'quantize_rows_and_columns', 'quantize_rows_and_columns', 'gemm_fp8', 'wgrad_fp8')
+    assert len(set(core.KNOWN_KERNELS) - known) == len(kernels)
+    assert text.count('@mosaic_gpu_v2') > len(kernels)

@@ -123,6 +123,22 @@ def test_program_is_the_step(made, start, model, optimizer, objective):
     assert lines == []
 
 
+def test_step_before_is_waited_for_where_two_do_not_fit(made, start, monkeypatch):
+    """Donated, the state is gone when the second step is given: it is waited for before."""
+    waited, wait = [], jax.block_until_ready
+    monkeypatch.setattr(jax, 'block_until_ready', lambda tree: waited.append(type(tree)) or wait(tree))
+    batch = as_batch(rows(4))
+    monkeypatch.setattr(memory, 'available_bytes', lambda: 10**12)
+    programs, _ = made()
+    programs.compile(start, batch, VALUES)
+    state, _ = programs(start, batch, VALUES)
+    assert waited == []
+    monkeypatch.setattr(memory, 'available_bytes', lambda: 10)
+    programs.compile(state, batch, VALUES)
+    programs(state, batch, VALUES)
+    assert waited == [State]
+
+
 def test_microbatches_on_eight_devices_are_the_step_on_one(made, start):
     """Two steps, so that the state must come out as it went in; its memory is used again."""
     batch = as_batch(rows(16))

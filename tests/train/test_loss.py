@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.oracles import numpy_model
+from tests.pallas_kernels.hopper import calls_on_h100
 from tests.support import changed
 from tests.train.conftest import BATCH_SIZE, SEQUENCE_LENGTH
 from train.cross_entropy import cross_entropy
@@ -78,6 +79,17 @@ def test_targets_of_no_weight_do_not_count():
     assert (np.asarray(hidden)[masked] == 0).all()
     assert (np.asarray(other_hidden)[masked] == 0).all()
     np.testing.assert_array_equal(head, other_head)
+
+
+def test_gradient_of_the_head_is_added_up_by_a_kernel_on_hopper():
+    """For an H100 in bf16: of the products, that of the weight's gradient; no TF32, no float32 operand."""
+    rows, width, vocab_size = 512, 128, 384
+    hidden_ND = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
+    head_DV = jax.ShapeDtypeStruct((width, vocab_size), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    function = lambda *arrays: cross_entropy(*arrays, changed(), 256)[0]  # noqa: E731
+    called = calls_on_h100(jax.grad(function, argnums=(0, 1)), hidden_ND, head_DV, *numbers)
+    assert (called['kernel grouped_wgrad_bf16'], called['dot_general']) == (1, 2)
 
 
 def sizes_in_program(text: str) -> set[int]:

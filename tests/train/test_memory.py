@@ -99,3 +99,22 @@ def test_smallest_device_is_the_limit(monkeypatch):
     assert limit({'bytes_limit': 5}, {'bytes_limit': 3}) == 3
     assert limit(None) is None
     assert limit({'bytes_limit': 5}, {}) is None
+
+
+class Program(jax.stages.Compiled):
+    """100 bytes of arguments that it gives back in place, 30 of temporaries."""
+
+    def __init__(self):
+        pass
+
+    argument_size_in_bytes = output_size_in_bytes = alias_size_in_bytes = 100
+    temp_size_in_bytes, generated_code_size_in_bytes = 30, 0
+
+    def memory_analysis(self):
+        return self
+
+
+def test_two_executions_fit_where_temporaries_do_twice():
+    assert memory.fits_twice(Program(), 160)
+    assert not memory.fits_twice(Program(), 159)
+    assert memory.fits_twice(Program(), None)
