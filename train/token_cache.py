@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, np.ndarray] | None:
 
 
 def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Puts the arrays there, in place of what a damaged folder holds."""
+    """Puts the arrays there, in place of what a damaged folder holds; another process that does so, too, may come first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix='partial-', dir=folder.parent))
     try:
@@ -55,7 +55,12 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
                 os.fsync(opened.fileno())
         if folder.exists():
             shutil.rmtree(folder)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / DIGESTS_FILE).exists():
+                raise
+            shutil.rmtree(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

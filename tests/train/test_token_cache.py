@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,3 +81,18 @@ def test_digests_are_of_every_file(tmp_path):
     token_cache.write(tmp_path / 'key', ARRAYS)
     digests = json.loads((tmp_path / 'key' / 'digests.json').read_text())
     assert set(digests) == {f'{name}.npy' for name in ARRAYS}
+
+
+def test_of_two_processes_that_write_at_once_one_is_enough(tmp_path, monkeypatch):
+    folder, rename = tmp_path / 'key', Path.rename
+
+    def come_second(self, target):
+        """The other process puts its folder in place first."""
+        monkeypatch.setattr(Path, 'rename', rename)
+        token_cache.write(folder, ARRAYS)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, 'rename', come_second)
+    token_cache.write(folder, ARRAYS)
+    assert_same(token_cache.read(folder))
+    assert [path.name for path in tmp_path.iterdir()] == ['key']
