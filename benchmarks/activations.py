@@ -7,6 +7,7 @@ sizes are those of the arrays of the traced program; a machine without a GPU wil
 
 import argparse
 import collections
+import dataclasses
 import functools
 import json
 import pathlib
@@ -15,10 +16,12 @@ import jax
 import jax.numpy as jnp
 
 import deepseek_jax as ds
+from configs import loader
 from deepseek_jax.block import block, remat_policy
 from deepseek_jax.model import causal_attend
 from deepseek_jax.precision import Float8Copies
 
+CONFIG = pathlib.Path(__file__).resolve().parent.parent / 'configs' / 'train' / 'v3_slice_h100.gin'
 H100 = jax.sharding.AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', platform='gpu', num_cores=132)
 LENGTH = 5120  # no width of the model, so that its arrays can be told from weights
 PADDED_ROWS = 8 * (LENGTH + 128)  # of tokens sent to 8 experts
@@ -27,21 +30,9 @@ RUNS = [('bf16', 'none'), ('bf16', 'paper'), ('fp8', 'none'), ('fp8', 'paper')]
 
 def model(recipe: str, remat: str) -> ds.ModelConfig:
     """One layer of DeepSeek-V3 with 8 of its experts."""
-    return ds.ModelConfig(
-        vocab_size=129280,
-        num_layers=1,
-        num_dense_layers=0,
-        model_dim=7168,
-        dense_ffn_dim=18432,
-        mla=ds.MLAConfig(
-            num_heads=128, nope_head_dim=128, rope_head_dim=64, value_head_dim=128, kv_rank=512, query_rank=1536
-        ),
-        moe=ds.MoEConfig(
-            num_experts=8, num_shared_experts=1, top_k=8, num_groups=1, top_groups=1, ffn_dim=2048, gate_scale=2.5
-        ),
-        precision=ds.PrecisionConfig(recipe=recipe),  # pyright: ignore[reportArgumentType]
-        remat=remat,  # pyright: ignore[reportArgumentType]
-    )
+    loader.parse(CONFIG, [f"PRECISION = '{recipe}'"])
+    changes = {'num_layers': 1, 'num_dense_layers': 0, 'mtp_depth': 0, 'remat': remat}
+    return dataclasses.replace(loader.call(ds.ModelConfig), **changes)
 
 
 def kept(config: ds.ModelConfig) -> list[jax.ShapeDtypeStruct]:

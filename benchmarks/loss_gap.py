@@ -142,8 +142,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def jobs(options: argparse.Namespace, recipes: Sequence[str], folder: pathlib.Path) -> Iterator[tuple[str, Job]]:
     """A run of each recipe for each seed."""
-    every = max(options.steps // 20, 1) if options.every is None else options.every
-    overrides = [f'TOTAL_STEPS = {options.steps}', f'EVAL_EVERY = {every}', f'CHECKPOINT_EVERY = {every}', *options.set]
+    overrides = [f'{name} = {options.every}' for name in ('EVAL_EVERY', 'CHECKPOINT_EVERY')]
+    overrides += [f'TOTAL_STEPS = {options.steps}', *options.set]
     if options.rate is not None:
         pieces = (('constant', options.rate, 0.6), ('cosine', options.rate / 10, 0.4))
         overrides.append(f'learning_rate/train.schedule.Schedule.pieces = {pieces}')
@@ -250,9 +250,10 @@ def main() -> int:
     parser.add_argument('--minutes', type=float, default=float('inf'), help='after which the runs are stopped')
     parser.add_argument('--name', default='loss_gap', help='of the files in benchmarks/results')
     options = parser.parse_args()
-    first, needed = options.every or max(options.steps // 20, 1), max(LAST['training'], 1)
-    if options.steps < needed or options.steps < first * LAST['heldout'] or options.seeds < 1:
-        parser.error(f'--steps must be at least {needed} and {LAST["heldout"]} evaluations, --seeds at least 1')
+    options.every = options.every or max(options.steps // 20, 1)
+    needed = max(LAST['training'], options.every * LAST['heldout'])
+    if options.steps < needed or options.seeds < 1:
+        parser.error(f'--steps must be at least {needed}, --seeds at least 1')
     recipes = [recipe for recipe in RECIPES if recipe == 'bf16' or recipe in options.recipes]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs are ended, too
     with contextlib.ExitStack() as stack:

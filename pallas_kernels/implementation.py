@@ -31,8 +31,8 @@ def hopper_cores() -> int | None:
 def traced_once(*static: str) -> Callable[[Callable], Callable]:
     """Marks a function that calls a kernel: calls that differ in nothing but their values share its trace.
 
-    A program lowers and compiles a kernel once for each trace that it holds, and Mosaic GPU compiles one at a time, at
-    one to three seconds each, whenever the program is loaded. In the caller's trace nothing else changes.
+    A program lowers and compiles a kernel once for each trace that it holds, half a second each, one after the other. In
+    the caller's trace nothing else changes.
 
     Args:
       static: names of the arguments that are not arrays.

@@ -16,11 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.expert_ffn_fp8.api import SAVED, Call
-from pallas_kernels.fp8 import BLOCK, Quantized, dequantize_rows, rounded
+from pallas_kernels.fp8 import Quantized, dequantize_rows, rounded
 from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.linear_fp8.api import QuantizedWeight
-from pallas_kernels.quantize_fp8.api import quantize_blocks, quantize_rows, quantize_rows_and_columns
+from pallas_kernels.linear_fp8.api import QuantizedWeight, join, quantized_weights
+from pallas_kernels.quantize_fp8.api import quantize_rows, quantize_rows_and_columns
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize, swiglu_quantize_backward
 
 Copies = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
@@ -121,20 +121,7 @@ _ffn.defvjp(_forward, _backward)
 
 def _joined(call: Call, weights: tuple | None, quantized: Copies | None) -> tuple[QuantizedWeight, QuantizedWeight]:
     """Gate and up side by side, and down, F filled up with zeros to whole blocks."""
-    if quantized is None:
-        assert weights is not None
-        gate, up, down = (QuantizedWeight(*quantize_blocks(w, **call.options)) for w in weights)
-    else:
-        gate, up, down = quantized
-    extra = -call.width % BLOCK
-
-    def whole(w: Quantized, axis: int) -> Quantized:
-        widths = [(0, extra if axis == i else 0) for i in range(2)]
-        return w._replace(values=jnp.pad(w.values, widths)) if extra else w
-
-    def beside(axis: int, *parts: Quantized) -> Quantized:
-        values, scales = zip(*(whole(part, axis) for part in parts), strict=True)
-        return Quantized(jnp.concatenate(values, axis), jnp.concatenate(scales, axis))
-
-    gate_up = QuantizedWeight(beside(1, gate.natural, up.natural), beside(0, gate.transposed, up.transposed))
-    return gate_up, QuantizedWeight(whole(down.natural, 0), whole(down.transposed, 1))
+    gate, up, down = quantized_weights(weights, quantized, **call.options)
+    whole = functools.partial(join, whole=True)
+    gate_up = whole([gate.natural, up.natural], axis=1), whole([gate.transposed, up.transposed], axis=0)
+    return QuantizedWeight(*gate_up), QuantizedWeight(whole([down.natural], axis=0), whole([down.transposed], axis=1))

@@ -20,7 +20,7 @@ So outputs and weight gradients equal those of separate calls, and dx is summed 
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,13 +126,13 @@ def linears_fp8(
 def _linears(
     call: _Call, x_MK: Array, weights: tuple | None, copies: tuple | None, kept: E5M6 | None
 ) -> tuple[Array, ...]:
-    copies = _copies(call, weights, copies)
+    copies = quantized_weights(weights, copies, **call.options)
     rows = quantize_rows(x_MK, **call.options)
     return _output(call, rows, copies, x_MK.dtype)
 
 
 def _forward(call: _Call, x_MK: Array, weights: tuple | None, copies: tuple | None, kept: E5M6 | None):
-    copies = _copies(call, weights, copies)
+    copies = quantized_weights(weights, copies, **call.options)
     if call.weight_dtypes and kept is None:
         rows, columns = quantize_rows_and_columns(x_MK, **call.options)
     else:
@@ -159,9 +159,8 @@ def _backward(call: _Call, residuals: tuple, d_outputs: tuple[Array, ...]):
             d_weights += _apart(d_w_KN, [w.values.shape[1] for w in weights])
         else:
             d_rows = quantize_rows(d_MN, **call.options)
-        values_KN = _side_by_side([w.values for w in weights], whole=True)
-        joined = Quantized(values_KN, _concatenate([w.scales for w in weights], 1))
-        inputs.append(gemm_fp8(d_rows, joined, out_dtype=sum_dtype, implementation=call.implementation))
+        weight = join(weights, axis=1, whole=True)
+        inputs.append(gemm_fp8(d_rows, weight, out_dtype=sum_dtype, implementation=call.implementation))
     d_x_MK = functools.reduce(jnp.add, inputs).astype(dtype)
     if not call.weight_dtypes:
         return d_x_MK, None, None, None
@@ -171,21 +170,23 @@ def _backward(call: _Call, residuals: tuple, d_outputs: tuple[Array, ...]):
 _linears.defvjp(_forward, _backward)
 
 
-def _copies(call: _Call, weights: tuple | None, copies: tuple | None) -> tuple[QuantizedWeight, ...]:
+def quantized_weights(
+    weights: tuple[Array, ...] | None, copies: tuple[QuantizedWeight, ...] | None, **options: Any
+) -> tuple[QuantizedWeight, ...]:
+    """The copies, or if there are none what `quantize_blocks` makes of the masters."""
     if copies is not None:
         return copies
     assert weights is not None
-    return tuple(QuantizedWeight(*quantize_blocks(w_KN, **call.options)) for w_KN in weights)
+    return tuple(QuantizedWeight(*quantize_blocks(w_KN, **options)) for w_KN in weights)
 
 
 def _output(call: _Call, rows: Quantized, copies: tuple[QuantizedWeight, ...], dtype: jnp.dtype) -> tuple[Array, ...]:
-    values = [copy.transposed.values for copy in copies]
+    weights = [copy.transposed for copy in copies]
     outputs = []
-    for group in _groups(values[0].shape[1], [value.shape[0] for value in values]):
-        scales = [copy.transposed.scales for copy in copies[group]]
-        joined = Quantized(_side_by_side(values[group], axis=0), _concatenate(scales, 0))
-        y_MN = gemm_fp8(rows, joined, out_dtype=dtype, implementation=call.implementation)
-        outputs += _apart(y_MN, [value.shape[0] for value in values[group]])
+    for group in _groups(rows.values.shape[1], [w.values.shape[0] for w in weights]):
+        weight = join(weights[group], axis=0)
+        y_MN = gemm_fp8(rows, weight, out_dtype=dtype, implementation=call.implementation)
+        outputs += _apart(y_MN, [w.values.shape[0] for w in weights[group]])
     return tuple(outputs)
 
 
@@ -194,6 +195,12 @@ def _groups(inputs: int, widths: Sequence[int]) -> list[slice]:
     if sum(widths) < 4 * inputs:
         return [slice(0, len(widths))]
     return [slice(i, i + 1) for i in range(len(widths))]
+
+
+def join(parts: Sequence[Quantized], axis: int, whole: bool = False) -> Quantized:
+    """Weights in blocks of 128x128 side by side along an axis, each from a new block on; `whole` fills up the last one, too."""
+    values = _side_by_side([part.values for part in parts], axis, whole)
+    return Quantized(values, _concatenate([part.scales for part in parts], axis))
 
 
 def _side_by_side(parts: Sequence[Array], axis: int = 1, whole: bool = False) -> Array:
