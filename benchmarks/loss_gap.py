@@ -10,6 +10,8 @@ runs after so long, and the same command takes them up again from their checkpoi
 Any other rounding sends a run another way, and 200 steps at a high learning rate wander by a percent: the mean over seeds
 and its standard error count. The yardstick is fp32, which differs from bf16 by nothing but rounding. The report's bar for
 its own, long runs is 0.25 %.
+
+`--recipes` takes those of `ablated_recipes.py`, too: float8 without a part of what ours has.
 """
 
 import argparse
@@ -33,13 +35,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ablated_recipes import ABLATIONS
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
 from train.metrics import METRICS_FILE, read_jsonl
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path(__file__).parent / 'results'
-RECIPES = {'bf16': 'tab:blue', 'fp8': 'tab:orange', 'fp32': 'tab:green'}
+RECIPES = ('bf16', 'fp8', 'fp32', *ABLATIONS)
 LAST = {'training': 20, 'heldout': 3}
 """Steps, and evaluations, that a smoothed loss is the mean of."""
 
@@ -149,16 +153,11 @@ def jobs(options: argparse.Namespace, recipes: Sequence[str], folder: pathlib.Pa
         overrides.append(f'learning_rate/train.schedule.Schedule.pieces = {pieces}')
     for seed, recipe in itertools.product(range(options.seeds), recipes):
         directory = folder / f'{recipe}-{seed}'
-        command = [
-            sys.executable,
-            '-m',
-            'train',
-            '--config',
-            str(options.config.resolve()),
-            '--run-dir',
-            str(directory),
-        ]
-        for override in (f"PRECISION = '{recipe}'", f'SEED = {seed}', *overrides):
+        ablated = recipe in ABLATIONS
+        program = [str(ROOT / 'benchmarks' / 'ablated_recipes.py'), recipe] if ablated else ['-m', 'train']
+        command = [sys.executable, *program, '--config', str(options.config.resolve()), '--run-dir', str(directory)]
+        precision = 'fp8' if ablated else recipe
+        for override in (f"PRECISION = '{precision}'", f'SEED = {seed}', *overrides):
             command += ['--set', override]
         yield recipe, Job(directory, command, options.steps)
 
@@ -185,7 +184,7 @@ def draw(curves: dict[str, list[Curves]], path: pathlib.Path) -> None:
         smoothed = {recipe: [smooth(getattr(run, kind), last) for run in runs] for recipe, runs in curves.items()}
         steps = smoothed['bf16'][0][0]
         losses = {recipe: np.array([values for _, values in runs]) for recipe, runs in smoothed.items()}
-        for recipe, color in RECIPES.items():
+        for recipe, color in zip(RECIPES, TABLEAU_COLORS, strict=False):
             if recipe not in losses:
                 continue
             above.plot(steps, losses[recipe].mean(0), color=color, label=recipe)
@@ -240,7 +239,7 @@ def main() -> int:
     )
     parser.add_argument('--set', action='append', default=[], metavar="'NAME = value'", help='as of python -m train')
     parser.add_argument(
-        '--recipes', nargs='+', choices=RECIPES, default=list(RECIPES), help='bf16 is always among them'
+        '--recipes', nargs='+', choices=RECIPES, default=['fp8', 'fp32'], help='beside bf16, which is always among them'
     )
     parser.add_argument('--processes', type=int, default=1, help='runs at the same time: one a CPU core is fastest')
     parser.add_argument('--gpus', nargs='*', default=[], help='numbers of GPUs, one for each run at the same time')
