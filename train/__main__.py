@@ -10,6 +10,7 @@ from configs import loader
 from train import run
 from train.compilation import keep_programs
 from train.errors import TrainingError
+from train.stop import StopSignals
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,7 +23,8 @@ class _Parser(argparse.ArgumentParser):
 def main() -> int:
     """Runs the command line and returns the exit code.
 
-    2, with one line on standard error, for bad input; 1, with one too, if training cannot go on.
+    2, with one line on standard error, for bad input; 1, with one too, if training cannot go on; 128 and the number of the
+    signal if one ended it, its last step saved.
     """
     parser = _Parser(prog='python -m train', description=__doc__)
     parser.add_argument('--config', required=True, metavar='FILE.gin', help='the configuration to train')
@@ -45,6 +47,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     began = time.monotonic()
+    stop = StopSignals()
     keep_programs()
     try:
         loader.parse(options.config, options.set)
@@ -54,6 +57,7 @@ def main() -> int:
             config_text=loader.operative_config,
             print_only=options.print,
             profile=options.profile,
+            stop=stop,
         )
     except (ValueError, TypeError, OSError) as error:
         print(f'error: {error}'.partition('\n')[0], file=sys.stderr)
@@ -63,6 +67,9 @@ def main() -> int:
         return 1
     if options.print:
         print(loader.operative_config(), end='')
+    elif result is not None and stop.received is not None and not result.finished:
+        print(f'step {result.step} is saved: the same command goes on from it', file=sys.stderr)
+        return 128 + stop.received
     elif result is not None:
         print(
             f'{result.heldout_bits_per_byte:.4f} held-out bits a byte after step {result.step}, '

@@ -26,10 +26,17 @@ PLOT_FILE = 'loss.png'
 
 
 class Result(NamedTuple):
-    """How a run ended."""
+    """How a start of a run ended.
+
+    Attributes:
+      step: the last one taken.
+      heldout_bits_per_byte: of the last evaluation; None if there was none yet.
+      finished: whether the run is at its end; else it was asked to stop, and a checkpoint of that step is saved.
+    """
 
     step: int
-    heldout_bits_per_byte: float
+    heldout_bits_per_byte: float | None
+    finished: bool = True
 
 
 class Input(NamedTuple):
@@ -204,8 +211,8 @@ class Loop:
         plot.plot_run(read_jsonl(self.directory / METRICS_FILE), self.directory / PLOT_FILE)
         self._last_time = time.monotonic()
 
-    def finish(self) -> Result:
-        """The last evaluation's result."""
+    def finish(self, step: int) -> Result:
+        """The result after this step, and a line that sums up."""
         if self._num_steps:
             seconds = time.monotonic() - self._began
             self._display.message(
@@ -213,7 +220,7 @@ class Loop:
                 f'{self._waited:.1f} s ({self._waited / seconds:.1%}) waiting for input'
             )
         lines = [line for line in read_jsonl(self.directory / METRICS_FILE) if 'heldout_bits_per_byte' in line]
-        return Result(lines[-1]['step'], lines[-1]['heldout_bits_per_byte'])
+        return Result(step, lines[-1]['heldout_bits_per_byte'] if lines else None, step == self.total_steps)
 
     def close(self) -> None:
         self._display.close()

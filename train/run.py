@@ -27,6 +27,7 @@ from train.optimizer import OptimizerConfig
 from train.prefetch import prefetch
 from train.profile import Profiler
 from train.step import State, init_state
+from train.stop import StopSignals
 
 PROFILE_FOLDER = 'profile'
 CONFIG_FILE = 'config.gin'
@@ -56,6 +57,7 @@ def train(
     config_text: Callable[[], str] | None = None,
     print_only: bool = False,
     profile: int | None = None,
+    stop: StopSignals | None = None,
 ) -> Result | None:
     """Trains a model, or goes on with the run that `run_dir` holds, and returns how it ended.
 
@@ -86,6 +88,7 @@ def train(
       print_only: print the counts of the model and the run and return None.
       profile: take so many steps by the clock and trace as many, print where their time goes, save nothing but that, and
         return None.
+      stop: signals that end this start of the run after the step that they come in, with a checkpoint.
 
     Raises:
       ValueError, TypeError: a value that cannot be trained with; nothing has been written.
@@ -149,8 +152,9 @@ def train(
     )
     rows.set_state({'next_index': progress.next_row})
     taken = batches(rows, progress, total_steps, size)
+    listening = contextlib.nullcontext() if stop is None else stop.listening()
     try:
-        with contextlib.closing(prefetch(map(loop.prepare, taken))) as inputs:
+        with listening, contextlib.closing(prefetch(map(loop.prepare, taken))) as inputs:
             for given, waited in inputs:
                 if profiler and not profiler.before_step(
                     progress.step, functools.partial(jax.block_until_ready, state), loop.launch_separately
@@ -162,11 +166,14 @@ def train(
                     continue
                 if progress.step % eval_every == 0 or progress.step == total_steps:
                     loop.evaluate(state, progress)
-                if progress.step % checkpoint_every == 0 or progress.step == total_steps:
+                stopped = stop is not None and stop.received is not None
+                if progress.step % checkpoint_every == 0 or progress.step == total_steps or stopped:
                     # A run that resumes from this step does not take it again: its line must be there.
                     loop.write_pending()
                     saved.save(state, progress, None if average is None else average.value())
-        return loop.finish()
+                if stopped:
+                    break
+        return loop.finish(progress.step)
     finally:
         loop.close()
         saved.close()

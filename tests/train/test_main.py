@@ -171,13 +171,16 @@ def test_bad_input_ends_with_2_and_one_line_and_nothing_written(command, place, 
 def called(monkeypatch) -> Callable[..., dict]:
     """What `main` calls `train` with, which does what it is told instead; and the exit code."""
 
-    def called(*arguments: str, ending: BaseException | None = None) -> dict:
+    def called(*arguments: str, ending: BaseException | None = None, stopped: run.Result | None = None) -> dict:
         given: dict = {}
 
         def call(function, **keywords):
             given.update(keywords, function=function)
             if ending is not None:
                 raise ending
+            if stopped is not None:
+                keywords['stop'].received = signal.SIGTERM
+            return stopped
 
         monkeypatch.setattr(__main__.loader, 'parse', lambda *_: None)
         monkeypatch.setattr(__main__.loader, 'call', call)
@@ -197,6 +200,12 @@ def test_profile_is_handed_on_and_prints_no_configuration(called, capsys):
 def test_a_run_that_cannot_go_on_ends_with_1_and_one_line(called, capsys):
     assert called(ending=TrainingError('too many steps skipped'))['code'] == 1
     assert capsys.readouterr().err == 'error: too many steps skipped\n'
+
+
+def test_a_run_that_a_signal_ended_exits_as_shells_say_it(called, capsys):
+    assert called(stopped=run.Result(7, None, finished=False))['code'] == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == 'step 7 is saved: the same command goes on from it\n'
+    assert called(stopped=run.Result(9, 1.5))['code'] == 0, 'it came with the last step'
 
 
 @pytest.fixture(scope='module')

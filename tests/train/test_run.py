@@ -2,7 +2,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from train.metrics import read_jsonl
 from train.optimizer import make_optimizer
 from train.schedule import BatchRamp, Schedule
 from train.step import State
+from train.stop import StopSignals
 
 STEPS = 10
 GUARD = GuardConfig()
@@ -182,6 +185,27 @@ def test_interrupted_and_resumed_equals_uninterrupted(start, whole, tmp_path, pa
     jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
     timing = [line['step'] for line in read_jsonl(tmp_path / 'run' / 'timing.jsonl')]
     assert timing == list(range(1, STEPS + 1))
+
+
+def test_run_that_a_signal_stops_saves_its_step_and_loses_nothing(
+    start, whole, tmp_path, params, optimizer, monkeypatch
+):
+    step, stop = loop.Loop.step, StopSignals()
+
+    def step_and_signal(self, state, given, waited):
+        if given.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, state, given, waited)
+
+    monkeypatch.setattr(loop.Loop, 'step', step_and_signal)
+    result = start(tmp_path / 'run', stop=stop)
+    assert (result, stop.received) == (run.Result(3, None, finished=False), signal.SIGTERM)
+    assert {path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()} == {'3'}
+    monkeypatch.undo()
+    assert start(tmp_path / 'run', stop=StopSignals()).finished
+    assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
+    states = (state_of(directory, params, optimizer)[0] for directory in (tmp_path / 'run', whole))
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_schedules_are_read_at_the_tokens_before_a_step(start, tmp_path, optimizer, objective):
