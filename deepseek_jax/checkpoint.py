@@ -38,6 +38,9 @@ def load_run(directory: str | os.PathLike, step: int | None = None) -> tuple[con
             raise FileNotFoundError(f'{directory / CHECKPOINTS} holds {wanted}')
         step = max(steps) if step is None else step
         shapes = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
+        # Wherever they lay when they were saved.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(lambda leaf: leaf.update(sharding=here), shapes)
         return config, load_parts(checkpointer, step, {PARAMS: shapes})[PARAMS]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 import deepseek_jax as ds
 from train import data
@@ -31,11 +32,12 @@ def evaluate(
     byte_lengths: np.ndarray,
     model: ds.ModelConfig,
     objective: ObjectiveConfig,
+    mesh: Mesh | None = None,
 ) -> Heldout:
     """The evaluation of parameters on batches of held-out rows, by `Tokenizer.byte_lengths()`."""
     nats, weight, num_bytes, load = 0.0, 0.0, 0, 0
     for rows in batches:
-        losses = eval_step(params, as_batch(rows), model=model, config=objective)
+        losses = eval_step(params, as_batch(rows, mesh), model=model, config=objective, mesh=mesh)
         nats += float(losses.nats)
         weight += float(rows['weights'].sum())
         num_bytes += data.target_bytes(rows, byte_lengths)

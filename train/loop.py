@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import deepseek_jax as ds
 from train import data as data_lib
@@ -100,6 +101,7 @@ class Loop:
     total_steps: int
     total_tokens: int
     resume_step: int
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         self._byte_lengths = self.corpus.tokenizer.byte_lengths()
@@ -114,6 +116,7 @@ class Loop:
             microbatch_size=self.microbatch_size,
             batch_sizes=self.batch_sizes,
             report=self._display.message,
+            mesh=self.mesh,
         )
         self._pending: _Taken | None = None
         self._num_steps, self._num_skipped, self._waited = 0, 0, 0.0
@@ -123,7 +126,7 @@ class Loop:
         """A batch on its way to the device; called in another thread."""
         rows, progress = batch
         num_bytes = data_lib.target_bytes(rows, self._byte_lengths)
-        return Input(as_batch(rows), rows['weights'].size, num_bytes, progress)
+        return Input(as_batch(rows, self.mesh), rows['weights'].size, num_bytes, progress)
 
     def step(self, state: State, given: Input, waited: float) -> State:
         """Takes a step with a batch that was waited for so many seconds."""
@@ -233,7 +236,7 @@ class Loop:
         batches = data_lib.heldout_batches(
             self.corpus, self.sequence_length, self.eval_batch_size, max_rows=self.eval_rows
         )
-        return evaluation.evaluate(params, batches, self._byte_lengths, self.model, self.objective)
+        return evaluation.evaluate(params, batches, self._byte_lengths, self.model, self.objective, self.mesh)
 
     def _compile(self, state: State, given: Input, values: Hyperparameters) -> float:
         # The step before must not wait for this to be read, nor its seconds count it.

@@ -1,9 +1,10 @@
 """The training objective: next-token and multi-token cross-entropy and the sequence-wise balance loss."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -71,12 +72,12 @@ class Losses(NamedTuple):
     load_LE: Int[Array, 'L E']
 
 
-def totals(batch: Mapping[str, Array], model: ds.ModelConfig) -> Totals:
-    """The totals of a whole batch, as `objective` takes it."""
+def totals(batch: Mapping[str, Array], model: ds.ModelConfig, axes: Sequence[str] = ()) -> Totals:
+    """The totals of a whole batch, as `objective` takes it; with mesh axes, of one whose rows are cut over them."""
     segments = batch['segments']
-    mtp_weights = [_same_document(segments, k + 1).sum() for k in range(1, model.mtp_depth + 1)]
-    weight, *mtp_weights = (jnp.maximum(weight, 1.0) for weight in (batch['weights'].sum(), *mtp_weights))
-    return Totals(weight, tuple(mtp_weights), len(segments))
+    sums = [batch['weights'].sum(), *(_same_document(segments, k + 1).sum() for k in range(1, model.mtp_depth + 1))]
+    weight, *mtp_weights = (jnp.maximum(jax.lax.psum(weight, axes), 1.0) for weight in sums)
+    return Totals(weight, tuple(mtp_weights), len(segments) * jax.lax.axis_size(axes))
 
 
 def objective(

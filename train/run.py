@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 import deepseek_jax as ds
 from deepseek_jax import checkpoint as run_files
 from deepseek_jax import flops
 from deepseek_jax.config import check_values
 from train import data as data_lib
-from train import schedule
+from train import parallel, schedule
 from train.checkpoint import CheckpointConfig, Checkpoints, Progress
 from train.data import DataConfig
 from train.ema import Average, MovingAverage, no_average
@@ -24,6 +25,7 @@ from train.guard import GuardConfig
 from train.loop import Loop, Result, batches
 from train.loss import ObjectiveConfig
 from train.optimizer import OptimizerConfig
+from train.parallel import MeshConfig
 from train.prefetch import prefetch
 from train.profile import Profiler
 from train.step import State, init_state
@@ -31,6 +33,7 @@ from train.stop import StopSignals
 
 PROFILE_FOLDER = 'profile'
 CONFIG_FILE = 'config.gin'
+ONE_DEVICE = MeshConfig()
 
 
 def train(
@@ -48,6 +51,7 @@ def train(
     eval_every: int,
     eval_rows: int,
     seed: int,
+    mesh: MeshConfig = ONE_DEVICE,
     batch_ramp: schedule.BatchRamp | None = None,
     microbatch_size: int | None = None,
     ema_decay: float | None = None,
@@ -77,6 +81,7 @@ def train(
       eval_every: steps between evaluations on held-out text; the last step is always evaluated.
       eval_rows: held-out sequences an evaluation reads.
       seed: of the initial parameters and the order of the data.
+      mesh: the devices to train on. Batches, microbatches too, must be multiples of their number.
       batch_ramp: smaller batches at the beginning; `batch_size` is the final size.
       microbatch_size: sequences whose activations are in memory at a time; it divides every batch, and None is the
         whole batch. The result is the same up to rounding.
@@ -103,13 +108,14 @@ def train(
         return None
     if run_dir is None:
         raise ValueError('run_dir=None: name the directory that the run is written to')
+    devices = mesh.make()
     directory = pathlib.Path(run_dir)
     _check_run_dir(directory, model, _tokenizer_name(data))
     corpus = data_lib.load_corpus(data)
     _check_vocabulary(corpus, model)
     rows = data_lib.training_rows(corpus, sequence_length, seed)
     saved = Checkpoints(directory, checkpoints) if (directory / run_files.CHECKPOINTS).exists() else None
-    state, progress = _restore_or_init(saved, model, optimizer, guard, seed, init_from)
+    state, progress = _restore_or_init(saved, model, optimizer, guard, seed, init_from, devices)
     if progress.step > total_steps:
         raise ValueError(f'{total_steps=} is below step {progress.step}, which {directory} has already reached')
     average = None
@@ -140,10 +146,11 @@ def train(
         batch_sizes=_batch_sizes(total_steps, batch_size, sequence_length, batch_ramp),
         sequence_length=sequence_length,
         eval_rows=eval_rows,
-        eval_batch_size=min(microbatch_size or batch_size, eval_rows),
+        eval_batch_size=_round_up(min(microbatch_size or batch_size, eval_rows), mesh.size),
         total_steps=total_steps,
         total_tokens=tokens,
         resume_step=progress.step,
+        mesh=devices,
     )
     print(
         f'{flops.count_parameters(model)}; {len(corpus.train.tokens):,} training tokens in '
@@ -198,16 +205,18 @@ def _restore_or_init(
     guard: GuardConfig,
     seed: int,
     init_from: str | None,
+    mesh: Mesh | None,
 ) -> tuple[State, Progress]:
+    shapes = jax.eval_shape(lambda key: init_state(key, model, optimizer, guard), jax.random.key(0))
+    places = parallel.places(shapes, shapes.params, mesh)
     if saved is not None and saved.latest_step is not None:
-        shapes = jax.eval_shape(lambda key: init_state(key, model, optimizer, guard), jax.random.key(0))
-        return saved.restore(shapes)
+        return saved.restore(jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places))
     initial = None if init_from is None else _load_initial(init_from, model)
-    state = init_state(jax.random.key(seed), model, optimizer, guard)
+    state = init_state(jax.random.key(seed), model, optimizer, guard, places)
     if initial is not None:
         state = state._replace(params=initial)
-    # Bound to its device like restored arrays: the program is another one for arrays that are not.
-    return jax.device_put(state, jax.devices()[0]), Progress()
+    # Bound to its devices like restored arrays: the program is another one for arrays that are not.
+    return jax.device_put(state, places), Progress()
 
 
 def _restore_or_begin_average(saved: Checkpoints | None, state: State) -> Average:
@@ -259,6 +268,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     if ramp is not None and ramp.start > batch_size:
         raise ValueError(f'BatchRamp.start={ramp.start} exceeds {batch_size=}')
     _check_microbatch_size(arguments)
+    _check_mesh(arguments)
     ema_decay = arguments['ema_decay']
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f'train.{ema_decay=} must lie between 0 and 1')
@@ -274,6 +284,21 @@ def _check_microbatch_size(arguments: dict[str, Any]) -> None:
         if microbatch_size is not None and size % microbatch_size:
             ramp = '' if size == arguments['batch_size'] else ', which BatchRamp gives'
             raise ValueError(f'train.{microbatch_size=} must divide every batch, and does not divide {size}{ramp}')
+
+
+def _check_mesh(arguments: dict[str, Any]) -> None:
+    mesh, microbatch_size = arguments['mesh'], arguments['microbatch_size']
+    sizes = _batch_sizes(*(arguments[name] for name in ('total_steps', 'batch_size', 'sequence_length', 'batch_ramp')))
+    for size in (*sizes, *(() if microbatch_size is None else (microbatch_size,))):
+        if size % mesh.size:
+            raise ValueError(
+                f'train.mesh has {mesh.size} devices (data={mesh.data} x fsdp={mesh.fsdp}): batches and microbatches must be '
+                f'multiples of that, and {size} is not'
+            )
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _tokenizer_name(data: DataConfig) -> str:

@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 import deepseek_jax as ds
-from deepseek_jax import router
+from deepseek_jax import router, sharding
 from deepseek_jax.precision import Float8Copies
 from train import guard as guard_lib
+from train import parallel
 from train.guard import GuardConfig, GuardState, Verdict
-from train.loss import Losses, ObjectiveConfig, objective, totals
+from train.loss import Losses, ObjectiveConfig, Totals, objective, totals
 from train.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -44,11 +46,17 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(
-    key: Array, model: ds.ModelConfig, optimizer: OptimizerConfig, guard: GuardConfig = guard_lib.DEFAULT
+    key: Array,
+    model: ds.ModelConfig,
+    optimizer: OptimizerConfig,
+    guard: GuardConfig = guard_lib.DEFAULT,
+    places: State | None = None,
 ) -> State:
-    """Random parameters, zero moments, no history."""
-    params = ds.init(key, model)
-    return State(params, jax.jit(make_optimizer(optimizer).init)(params), guard_lib.no_history(guard))
+    """Random parameters, zero moments, no history; with `places`, a state of shardings, each device makes its own part."""
+    places = State(None, None, None) if places is None else places  # pyright: ignore[reportArgumentType]
+    params = ds.init(key, model, places.params)
+    moments = jax.jit(make_optimizer(optimizer).init, out_shardings=places.optimizer)(params)
+    return State(params, moments, jax.device_put(guard_lib.no_history(guard), places.guard))
 
 
 def step(
@@ -61,12 +69,15 @@ def step(
     config: ObjectiveConfig,
     guard: GuardConfig = guard_lib.DEFAULT,
     microbatch_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[State, StepMetrics]:
     """Gradient, clip and Adam, weight decay, then the routers' biases from the load of the whole batch [2.1.2].
 
     A bad step (`train.guard`) changes nothing but the count of those in a row.
     """
-    gradients, loss, losses = batch_gradients(state.params, batch, values.mtp_weight, model, config, microbatch_size)
+    gradients, loss, losses = batch_gradients(
+        state.params, batch, values.mtp_weight, model, config, microbatch_size, mesh
+    )
     grad_norm = optax.tree.norm(gradients)
     verdict, history = guard_lib.judge(state.guard, loss, grad_norm, guard)
     directions, optimizer_state = make_optimizer(optimizer).update(gradients, state.optimizer, state.params)
@@ -80,7 +91,7 @@ def step(
 
 def jit_step(shardings: State | None = None) -> jax.stages.Wrapped:
     """`step` under `jax.jit`, its state given away; with `shardings`, the new state lies where they say."""
-    static = ('model', 'optimizer', 'config', 'guard', 'microbatch_size')
+    static = ('model', 'optimizer', 'config', 'guard', 'microbatch_size', 'mesh')
     return jax.jit(step, static_argnames=static, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -94,15 +105,37 @@ def batch_gradients(
     model: ds.ModelConfig,
     config: ObjectiveConfig,
     microbatch_size: int | None,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Array, Losses]:
     """The gradient of the objective over a batch, its value, and its terms.
 
     With a microbatch size, activations of that many sequences exist at a time, and the gradients of such parts add up
     in float32 to that of the batch: each part's terms are divided by what the whole batch's are. The size must divide
-    the batch's.
+    the batch's. On a mesh each device takes its rows of every part, and the gradient is cut as the parameters are.
     """
+    axes = () if mesh is None else sharding.AXES
+    size = microbatch_size if microbatch_size is None or mesh is None else microbatch_size // mesh.size
+
+    def gradients_of(params: Any, batch: Mapping[str, Array], mtp_weight: Array | float) -> tuple[Any, tuple]:
+        return _gradients(params, batch, mtp_weight, model, config, size, totals(batch, model, axes))
+
+    if mesh is not None:
+        gradients_of = parallel.over_devices(gradients_of, mesh, params)
+    gradients, (loss, losses) = gradients_of(params, dict(batch), jnp.asarray(mtp_weight))
+    return gradients, loss, losses
+
+
+def _gradients(
+    params: Any,
+    batch: Mapping[str, Array],
+    mtp_weight: Array | float,
+    model: ds.ModelConfig,
+    config: ObjectiveConfig,
+    microbatch_size: int | None,
+    whole: Totals,
+) -> tuple[Any, tuple[Array, Losses]]:
+    """Gradient, value and terms of rows that are a batch, or a part of one with these totals."""
     # Outside the scan: what is computed once a step, whatever the number of parts.
-    whole = totals(batch, model)
     copies = Float8Copies.of(params, model)
 
     def share(part: Mapping[str, Array]) -> tuple[Any, tuple[Array, Losses]]:
@@ -114,13 +147,11 @@ def batch_gradients(
         more, values = share(part)
         return jax.tree.map(jnp.add, gradients, more), values
 
-    if microbatch_size in (None, whole.num_sequences):
-        gradients, (loss, losses) = share(batch)
-    else:
-        parts = microbatches(batch, microbatch_size)
-        gradients, shares = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-        loss, losses = jax.tree.map(lambda values: values.sum(axis=0), shares)
-    return gradients, loss, losses
+    if microbatch_size in (None, len(batch['tokens'])):
+        return share(batch)
+    parts = microbatches(batch, microbatch_size)
+    gradients, shares = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    return gradients, jax.tree.map(lambda values: values.sum(axis=0), shares)
 
 
 def microbatches(batch: Mapping[str, Array], size: int) -> dict[str, Array]:
@@ -131,10 +162,23 @@ def microbatches(batch: Mapping[str, Array], size: int) -> dict[str, Array]:
     return {name: rows.reshape(size, -1, *rows.shape[1:]).swapaxes(0, 1) for name, rows in batch.items()}
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'config'))
-def eval_step(params: Any, batch: Mapping[str, Array], *, model: ds.ModelConfig, config: ObjectiveConfig) -> Losses:
+@functools.partial(jax.jit, static_argnames=('model', 'config', 'mesh'))
+def eval_step(
+    params: Any,
+    batch: Mapping[str, Array],
+    *,
+    model: ds.ModelConfig,
+    config: ObjectiveConfig,
+    mesh: Mesh | None = None,
+) -> Losses:
     """The losses of a batch, without an update."""
-    return objective(params, batch, model, config, 0.0)[1]
+    if mesh is None:
+        return objective(params, batch, model, config, 0.0)[1]
+
+    def losses(params: Any, batch: Mapping[str, Array]) -> tuple[None, Losses]:
+        return None, objective(params, batch, model, config, 0.0, totals(batch, model, sharding.AXES))[1]
+
+    return parallel.over_devices(losses, mesh, params, gradients=False)(params, dict(batch))[1]
 
 
 def update_router_biases(params: Any, load_LE: Array, rate: Array | float, model: ds.ModelConfig) -> Any:
@@ -149,6 +193,6 @@ def update_router_biases(params: Any, load_LE: Array, rate: Array | float, model
     return params
 
 
-def as_batch(rows: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """A batch of numpy rows on the device."""
-    return jax.device_put(dict(rows))
+def as_batch(rows: Mapping[str, Any], mesh: Mesh | None = None) -> dict[str, jax.Array]:
+    """A batch of numpy rows on the device, or cut over those of a mesh."""
+    return jax.device_put(dict(rows), None if mesh is None else NamedSharding(mesh, sharding.BATCH))

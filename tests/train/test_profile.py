@@ -1,4 +1,5 @@
 import functools
+import gc
 import json
 import os
 from collections import Counter
@@ -296,10 +297,18 @@ def test_report_without_a_gpu_says_so_and_keeps_the_rates(tmp_path):
 
 
 @pytest.fixture
+def few_programs():
+    """A trace holds every program of the process, and takes minutes to read with those that earlier tests have left."""
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture
 def profiler(tmp_path):
     return functools.partial(Profiler, tmp_path / 'profile', tokens_per_step=512, flops_per_token=1e6)
 
 
+@pytest.mark.usefixtures('few_programs')
 def test_profiler_waits_four_times_writes_a_trace_and_ends_the_run(profiler, tmp_path, capsys):
     step = jax.jit(lambda x: jnp.tanh(x @ x))
     x, events = jnp.ones((64, 64)), []
@@ -389,6 +398,7 @@ def test_kernels_of_a_step_belong_to_parts_of_their_own(optimizer, objective):
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures('few_programs')
 def test_profiled_run_stops_after_its_steps(tmp_path, model, data, optimizer, objective, capsys):
     arguments = {'model': model, 'data': data, 'optimizer': optimizer, 'objective': objective, 'guard': guard.DEFAULT}
     arguments |= {'checkpoints': CheckpointConfig(), 'batch_size': 4, 'sequence_length': 16, 'seed': 0}

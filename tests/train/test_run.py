@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 import deepseek_jax as ds
 from tests.train.conftest import BATCH_SIZE, SEQUENCE_LENGTH
@@ -21,6 +22,7 @@ from train.errors import TrainingError
 from train.guard import GuardConfig, SkippedStepsError, no_history
 from train.metrics import read_jsonl
 from train.optimizer import make_optimizer
+from train.parallel import MeshConfig
 from train.schedule import BatchRamp, Schedule
 from train.step import State
 from train.stop import StopSignals
@@ -206,6 +208,35 @@ def test_run_that_a_signal_stops_saves_its_step_and_loses_nothing(
     assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
     states = (state_of(directory, params, optimizer)[0] for directory in (tmp_path / 'run', whole))
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_run_on_a_mesh_goes_on_on_one_device_and_equals_it(start, whole, tmp_path, spoil):
+    spoil(end=8)
+    with pytest.raises(Killed):
+        start(tmp_path / 'run', mesh=MeshConfig(data=2, fsdp=2))
+    spoil()
+    start(tmp_path / 'run')
+    found, wanted = (read_jsonl(directory / 'metrics.jsonl') for directory in (tmp_path / 'run', whole))
+    assert [line['step'] for line in found] == [line['step'] for line in wanted]
+    for line, other in zip(found, wanted, strict=True):
+        name = 'loss' if 'loss' in line else 'heldout_loss'
+        np.testing.assert_allclose(line[name], other[name], rtol=1e-4)
+    params = ds.load_run(tmp_path / 'run')[1]
+    assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {SingleDeviceSharding(jax.devices()[0])}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'mesh': MeshConfig(data=3)}, 'train.mesh has 3 devices .* and 4 is not'),
+        ({'mesh': MeshConfig(data=4), 'microbatch_size': 2}, 'train.mesh has 4 devices .* and 2 is not'),
+        ({'mesh': MeshConfig(data=16), 'batch_size': 16}, 'are 16 devices, there are 8'),
+    ],
+)
+def test_mesh_that_cannot_share_the_batch_is_refused(start, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path / 'run', **changes)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_schedules_are_read_at_the_tokens_before_a_step(start, tmp_path, optimizer, objective):
