@@ -179,7 +179,9 @@ def test_gradients_of_microbatches_add_up_to_the_batch_s(model, objective, ragge
     assert len(set(parts.tolist())) > 2, 'a mean of the parts would be another one'
 
     def gradients(size):
-        return jax.jit(lambda params, batch: batch_gradients(params, batch, 0.7, model, objective, size))(params, ragged)
+        return jax.jit(lambda params, batch: batch_gradients(params, batch, 0.7, model, objective, size))(
+            params, ragged
+        )
 
     (whole, loss, losses), divided = gradients(None), gradients(1)
     assert losses.mtp_loss > 0
