@@ -267,7 +267,14 @@ class Profiler:
     """
 
     def __init__(
-        self, folder: pathlib.Path, steps: int, *, steps_left: int, tokens_per_step: int, flops_per_token: float
+        self,
+        folder: pathlib.Path,
+        steps: int,
+        *,
+        steps_left: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        num_devices: int = 1,
     ) -> None:
         """Nothing is written to the folder before there is a trace.
 
@@ -277,6 +284,7 @@ class Profiler:
           steps_left: of the run.
           tokens_per_step: of all devices together.
           flops_per_token: as `flops.train_flops_per_token` counts them.
+          num_devices: that the run trains on.
 
         Raises:
           ValueError: the run has not steps enough.
@@ -286,7 +294,7 @@ class Profiler:
         if steps_left <= (needed := WARM_UP + 2 * steps + 1):
             raise ValueError(f'{steps_left=} must exceed {needed}: {WARM_UP} + 1 to warm up, {steps} twice')
         self._folder, self._steps = folder, steps
-        self._tokens, self._flops_per_token = tokens_per_step, flops_per_token
+        self._tokens, self._flops_per_token, self._num_devices = tokens_per_step, flops_per_token, num_devices
         self._first: int | None = None
         self._began = self._seconds = 0.0
 
@@ -322,7 +330,7 @@ class Profiler:
         device = jax.local_devices()[0]
         rates = Rates(
             device_kind=device.device_kind,
-            devices=jax.device_count(),
+            devices=self._num_devices,
             seconds=self._seconds,
             tokens=self._tokens,
             flops_per_token=self._flops_per_token,
@@ -345,12 +353,14 @@ def read_trace(folder: pathlib.Path) -> dict[str, list[Event]]:
     """The events of each GPU in the newest trace below a folder, by the name of its plane; none for a CPU's trace."""
     file = max(folder.rglob('*.xplane.pb'), key=lambda file: file.stat().st_mtime_ns)
     space = file.read_bytes()
-    scopes = scopes_of_programs(space)
+    found = ProfileData.from_serialized_xspace(space)
+    planes = [plane for plane in found.planes if plane.name.startswith('/device:GPU:')]
+    # A trace holds every program of the process: reading them takes long.
+    scopes = scopes_of_programs(space) if planes else {}
     devices = {}
-    for plane in ProfileData.from_serialized_xspace(space).planes:
-        if plane.name.startswith('/device:GPU:'):
-            lines = (line for line in plane.lines if (line.name or '').startswith('Stream'))
-            devices[plane.name] = [_event(event, scopes) for line in lines for event in line.events]
+    for plane in planes:
+        lines = (line for line in plane.lines if (line.name or '').startswith('Stream'))
+        devices[plane.name] = [_event(event, scopes) for line in lines for event in line.events]
     return devices
 
 

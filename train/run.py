@@ -130,6 +130,7 @@ def train(
             steps_left=total_steps - progress.step,
             tokens_per_step=size(progress.tokens) * sequence_length,
             flops_per_token=flops.train_flops_per_token(model, sequence_length, mtp=model.mtp_depth > 0),
+            num_devices=mesh.size,
         )
     saved = saved or _make_run_dir(directory, model, corpus, checkpoints)
     if config_text is not None:
