@@ -30,10 +30,10 @@ from pallas_kernels.fp8 import BLOCK
 from pallas_kernels.gemm_fp8 import kernel
 from pallas_kernels.implementation import hopper_cores
 from pallas_kernels.linear_fp8 import api as linear
+from pallas_kernels.quantize_fp8 import api as quantize
 from pallas_kernels.quantize_fp8 import reference
-from pallas_kernels.quantize_fp8 import sm90 as quantize_sm90
+from pallas_kernels.swiglu_quantize import api as swiglu_quantize
 from pallas_kernels.swiglu_quantize import reference as swiglu
-from pallas_kernels.swiglu_quantize import sm90 as swiglu_sm90
 
 DIFFERENTIATED = ((linear, '_linears'), (ffn, '_ffn'), (expert_ffn, '_ffn'))
 
@@ -85,10 +85,10 @@ def gradient_blocks() -> Iterator[None]:
             amax = jnp.broadcast_to(tiles.max(axis=1, keepdims=True), tiles.shape).reshape(amax.shape)
         return exact(amax, power_of_two)
 
-    def in_blocks(quantize: Callable) -> Callable:
+    def in_blocks(function: Callable) -> Callable:
         """A function that quantises gradients when it is called by a backward pass."""
         return lambda *args, **options: (
-            blocks.during(quantize, *args, **options) if backward.on else quantize(*args, **options)
+            blocks.during(function, *args, **options) if backward.on else function(*args, **options)
         )
 
     with contextlib.ExitStack() as stack:
@@ -129,10 +129,8 @@ class _Flag:
 def _by_the_specification() -> Iterator[None]:
     """Everything is quantised by `reference.py`, on GPUs too."""
     with contextlib.ExitStack() as stack:
-        for module, name in ((quantize_sm90, 'refusal'), (quantize_sm90, 'blocks_refusal'), (swiglu_sm90, 'refusal')):
-            stack.enter_context(mock.patch.object(module, name, return_value='this recipe has scales of its own'))
-        # Moving rows that are float8 to columns asks nothing of its module.
-        stack.enter_context(mock.patch.object(quantize_sm90, 'requantize_columns', reference.requantize_columns))
+        for module in (quantize, swiglu_quantize):
+            stack.enter_context(mock.patch.object(module, 'choose', return_value='reference'))
         stack.enter_context(_fresh_traces())
         yield
 

@@ -3,8 +3,8 @@
 `python benchmarks/loss_gap.py` trains `configs/train/tiny_cpu.gin` for 200 steps from each of eight seeds in each recipe, and
 writes `benchmarks/results/loss_gap.json` and `loss_gap.png`: training and held-out loss, and their gaps to bf16.
 
-`python benchmarks/loss_gap.py --config configs/train/small_h100.gin --steps 800 --seeds 1 --recipes fp8 --gpus 0 1 --runs DIR
---name small_h100_loss` trains 105 M tokens in each recipe, on a GPU each. What DIR holds is gone on with: `--minutes` stops the
+`python benchmarks/loss_gap.py --config configs/train/small_h100.gin --steps 4400 --seeds 1 --recipes fp8 --gpus 0 1 --runs DIR
+--name small_h100_loss` trains 144 M tokens in each recipe, on a GPU each. What DIR holds is gone on with: `--minutes` stops the
 runs after so long, and the same command takes them up again from their checkpoints.
 
 Any other rounding sends a run another way, and 200 steps at a high learning rate wander by a percent: the mean over seeds
@@ -193,7 +193,8 @@ def draw(curves: dict[str, list[Curves]], path: pathlib.Path) -> None:
                 below.plot(steps, gap.T, color=color, alpha=0.3, linewidth=0.8)
                 below.plot(steps, gap.mean(0), color=color)
         what = 'steps' if kind == 'training' else 'evaluations'
-        above.set(title=f'{kind} loss, mean of {last} {what} and {len(curves["bf16"])} seeds', ylabel='nats a token')
+        seeds = f' and {len(curves["bf16"])} seeds' if len(curves['bf16']) > 1 else ''
+        above.set(title=f'{kind} loss, mean of {last} {what}{seeds}', ylabel='nats a token')
         below.axhline(0, color='gray', linewidth=0.6)
         below.set(xlabel='step', ylabel='gap to bf16, %')
         above.legend()

@@ -1,5 +1,7 @@
 """Recipes that lack a part: each changes what it says, and leaves ours as it was."""
 
+import dataclasses
+import functools
 import importlib.util
 import pathlib
 
@@ -9,12 +11,18 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import deepseek_jax as ds
 import pallas_kernels as pk
+from configs import loader
 from pallas_kernels.fp8 import E4M3, Quantized, blocks, dequantize_blocks, dequantize_rows
 from pallas_kernels.gemm_fp8 import kernel, sm90
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
+from tests.pallas_kernels.hopper import DEVICE
+from train.loss import ObjectiveConfig
+from train.step import batch_gradients
 
-FILE = pathlib.Path(__file__).resolve().parents[1] / 'benchmarks' / 'ablated_recipes.py'
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILE = ROOT / 'benchmarks' / 'ablated_recipes.py'
 SPEC = importlib.util.spec_from_file_location('ablated_recipes', FILE)
 assert SPEC is not None
 assert SPEC.loader is not None
@@ -71,6 +79,24 @@ def test_gradient_blocks_are_those_of_gradients_alone():
     for found, before, again in zip(ablated[1:], ours[1:], output_and_gradients()[1:], strict=True):
         assert not np.array_equal(found, before)
         np.testing.assert_array_equal(again, before)
+
+
+@pytest.mark.parametrize('name', recipes.ABLATIONS)
+def test_a_training_step_is_traced_for_a_hopper_gpu(name):
+    """Nothing on the way asks for a kernel that the recipe has none of."""
+    loader.parse(ROOT / 'configs' / 'train' / 'small_h100.gin', [])
+    model = dataclasses.replace(loader.call(ds.ModelConfig), num_layers=2)
+    params = jax.eval_shape(functools.partial(ds.init, config=model), jax.random.key(0))
+    tokens = jnp.zeros((1, 513), jnp.int32)
+    batch = {'tokens': tokens, 'segments': tokens, 'weights': jnp.ones((1, 512))}
+
+    def gradients(params):
+        return batch_gradients(params, batch, 0.3, model, loader.call(ObjectiveConfig), None)[0]
+
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=DEVICE)
+    with jax.sharding.use_abstract_mesh(mesh), recipes.ABLATIONS[name]():
+        program = jax.make_jaxpr(gradients)(params)
+    assert 'gemm' in str(program)
 
 
 def test_unpromoted_products_are_the_same_up_to_their_sums(monkeypatch):
