@@ -155,7 +155,7 @@ def _route(
     params: Mapping[str, Any], x_BTD: jax.Array, config: MoEConfig
 ) -> tuple[router.Routing, moe.Balance, pallas_kernels.Routes]:
     routing = router.route(params, x_BTD.reshape(-1, x_BTD.shape[-1]), config)
-    balance = moe.balance(routing, x_BTD.shape[:-1], config)
+    balance = moe.balance(routing, jnp.int32(0), x_BTD.shape[:-1], config)
     return routing, balance, pallas_kernels.routes(routing.experts_MK, config.num_experts)
 
 

@@ -12,6 +12,7 @@ from deepseek_jax import mla, moe, names, ops, router
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.norm import rms_norm
+from deepseek_jax.sharding import ExpertParallel
 
 NORM_NAMES = ('attention_norm_D', 'ffn_norm_D')
 
@@ -23,6 +24,7 @@ def block(
     cache: Cache | None,
     config: ModelConfig,
     absorbed: bool = False,
+    parallel: ExpertParallel | None = None,
 ) -> tuple[Float[Array, 'B T D'], Cache | None, moe.Balance | None]:
     """The block's output, its layer of the cache, and the use of its experts (None for a dense block)."""
     normed_BTD = rms_norm(x_BTD, params['attention_norm_D'], config.norm_eps)
@@ -32,7 +34,7 @@ def block(
     if 'moe' not in params:
         return x_BTD + moe.swiglu(params['ffn'], normed_BTD, config.precision), cache, None
     assert config.moe is not None
-    ffn_BTD, balance = moe.moe(params['moe'], normed_BTD, config.moe, config.precision)
+    ffn_BTD, balance = moe.moe(params['moe'], normed_BTD, config.moe, config.precision, parallel)
     return x_BTD + ffn_BTD, cache, balance
 
 
@@ -91,17 +93,19 @@ class Part(nn.Module):
 
 
 class Experts(nn.Module):
-    """Names the parameters of a DeepSeekMoE layer and returns them."""
+    """Names the parameters of a DeepSeekMoE layer and returns them; of the experts those of this device."""
 
     config: ModelConfig
+    parallel: ExpertParallel | None = None
 
     @nn.compact
     def __call__(self) -> dict[str, dict[str, Any]]:
         config = self.config.moe
         assert config is not None
+        here = config.num_experts // (1 if self.parallel is None else self.parallel.devices)
         params = {
             'router': Part(self.config, router.PARAMETER_NAMES, name='router')(),
-            'experts': Part(self.config, moe.EXPERT_NAMES, (('F', config.ffn_dim),), name='experts')(),
+            'experts': Part(self.config, moe.EXPERT_NAMES, (('F', config.ffn_dim), ('E', here)), name='experts')(),
         }
         if config.num_shared_experts:
             sizes = (('F', config.num_shared_experts * config.ffn_dim),)
@@ -115,6 +119,7 @@ class Block(nn.Module):
     config: ModelConfig
     use_moe: bool
     absorbed: bool = False
+    parallel: ExpertParallel | None = None
 
     @nn.compact
     def __call__(
@@ -124,10 +129,10 @@ class Block(nn.Module):
         params: dict[str, Any] = declare(self, config, NORM_NAMES)
         params['attention'] = Part(config, mla.parameter_names(config.mla), name='attention')()
         if self.use_moe:
-            params['moe'] = Experts(config, name='moe')()
+            params['moe'] = Experts(config, self.parallel, name='moe')()
         else:
             params['ffn'] = Part(config, moe.FFN_NAMES, name='ffn')()
-        x_BTD, cache, balance = block(params, x_BTD, attend, cache, config, self.absorbed)
+        x_BTD, cache, balance = block(params, x_BTD, attend, cache, config, self.absorbed, self.parallel)
         return x_BTD, (cache, balance)
 
 

@@ -17,6 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.mtp import MTPModule
 from deepseek_jax.norm import rms_norm
 from deepseek_jax.precision import compute_dtype
+from deepseek_jax.sharding import ExpertParallel
 
 Params = Mapping[str, Any]
 
@@ -29,6 +30,7 @@ class States(NamedTuple):
       mtp_LBTD: the state of each MTP module after its final norm; None unless asked for.
       load_LE: tokens sent to each expert, int32; expert layers of the main model, then of the MTP modules.
       balance_loss_L: sequence-wise balance loss of the same layers, without its weight.
+      dropped_L: choices of experts that were not computed for want of room, int32; devices' counts add up.
       cache: the latent cache with these tokens added; None if none was given.
     """
 
@@ -36,6 +38,7 @@ class States(NamedTuple):
     mtp_LBTD: Float[Array, 'L B T D'] | None
     load_LE: Int[Array, 'L E']
     balance_loss_L: Float[Array, ' L']
+    dropped_L: Int[Array, ' L']
     cache: Cache | None
 
 
@@ -59,6 +62,7 @@ class DeepSeekV3(nn.Module):
 
     config: ModelConfig
     absorbed: bool = False
+    parallel: ExpertParallel | None = None
 
     @nn.compact
     def __call__(
@@ -80,7 +84,7 @@ class DeepSeekV3(nn.Module):
                 in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
                 length=length,
                 unroll=min(config.scan_unroll, length),
-            )(config, use_moe=name == 'moe_layers', absorbed=self.absorbed, name=name)
+            )(config, use_moe=name == 'moe_layers', absorbed=self.absorbed, parallel=self.parallel, name=name)
             part = jax.tree.map(lambda leaf, start=start, length=length: leaf[start : start + length], cache)
             x_BTD, (part, balance) = stack(x_BTD, attend, part)
             caches.append(part)
@@ -95,12 +99,12 @@ class DeepSeekV3(nn.Module):
                 split_rngs={'params': True},
                 in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=config.mtp_depth,
-            )(config, name='mtp')(hidden_BTD, ahead_LBT, params['embedding_VD'], attend)
+            )(config, self.parallel, name='mtp')(hidden_BTD, ahead_LBT, params['embedding_VD'], attend)
             balances.append(balance)
-        load_LE, balance_loss_L = _join_balances(balances, config)
+        balance = _join_balances(balances)
         if cache is not None:
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-        return States(hidden_BTD, mtp_LBTD, load_LE, balance_loss_L, cache)
+        return States(hidden_BTD, mtp_LBTD, *balance, cache)
 
 
 def init(key: Array, config: ModelConfig, shardings: Any = None) -> dict[str, Any]:
@@ -144,6 +148,7 @@ def states(
     config: ModelConfig,
     segments_BT: Int[Array, 'B T'] | None = None,
     ahead_LBT: Int[Array, 'L B T'] | None = None,
+    parallel: ExpertParallel | None = None,
 ) -> States:
     """The model without its head, for training.
 
@@ -153,9 +158,11 @@ def states(
       config: the model.
       segments_BT: document of each token; tokens attend within their document. None: one document a row.
       ahead_LBT: for each MTP depth k, the token k places after each position; None leaves the modules out.
+      parallel: experts lie on many devices, this is mapped over them, and `params` has those of this one.
     """
     attend = causal_attend(tokens_BT, segments_BT, config)
-    return DeepSeekV3(config).apply({'params': params}, tokens_BT, attend, None, ahead_LBT)  # pyright: ignore
+    module = DeepSeekV3(config, parallel=parallel)
+    return module.apply({'params': params}, tokens_BT, attend, None, ahead_LBT)  # pyright: ignore
 
 
 def tokens_ahead(tokens_BT: Int[Array, 'B T'], length: int, depth: int) -> Int[Array, 'L B {length}']:
@@ -225,9 +232,8 @@ def extend(
     return out.hidden_BTD, out.cache  # pyright: ignore
 
 
-def _join_balances(balances: list[moe.Balance | None], config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def _join_balances(balances: list[moe.Balance | None]) -> moe.Balance:
     used = [balance for balance in balances if balance is not None]
     if not used:
-        return jnp.zeros((0, 0), jnp.int32), jnp.zeros(0)
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *used)
-    return joined.load_E, joined.loss
+        return moe.Balance(jnp.zeros((0, 0), jnp.int32), jnp.zeros(0), jnp.zeros(0, jnp.int32))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *used)

@@ -19,12 +19,14 @@ from deepseek_jax import mla, moe, ops
 from deepseek_jax.block import Block, declare, rematerialised
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.norm import rms_norm
+from deepseek_jax.sharding import ExpertParallel
 
 
 class MTPModule(nn.Module):
     """One prediction module; scanned over depth with the state carried from module to module."""
 
     config: ModelConfig
+    parallel: ExpertParallel | None = None
 
     @nn.compact
     def __call__(
@@ -51,6 +53,7 @@ class MTPModule(nn.Module):
             rms_norm(ahead_BTD, params['embedding_norm_D'], config.norm_eps),
             params['w_embedding_DD'],
         )
-        x_BTD, (_, balance) = rematerialised(Block, config)(config, use_moe=True, name='block')(x_BTD, attend, None)
+        block = rematerialised(Block, config)(config, use_moe=True, parallel=self.parallel, name='block')
+        x_BTD, (_, balance) = block(x_BTD, attend, None)
         hidden_BTD = rms_norm(x_BTD, params['final_norm_D'], config.norm_eps)
         return hidden_BTD, (hidden_BTD, balance)

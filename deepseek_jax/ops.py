@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 import pallas_kernels
 from deepseek_jax.config import PrecisionConfig
-from pallas_kernels import E5M6, PAGE, ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
+from pallas_kernels import E5M6, PAGE, Exchange, ExpertWeights, Quantized, QuantizedWeight, linears_fp8, quantize_blocks
 from pallas_kernels.expert_ffn_fp8 import api as expert_ffn_fp8
 from pallas_kernels.flash_mla import api as flash_mla
 from pallas_kernels.fp8 import BLOCK, dequantize_blocks, rounded
@@ -272,33 +272,48 @@ def has_expert_ffn(precision: PrecisionConfig) -> bool:
     return precision.recipe == 'fp8' or (precision.recipe == 'bf16' and hopper_cores() is not None)
 
 
+def exchange(
+    experts_MK: Int[Array, 'M K'], num_experts: int, axes: Sequence[str], capacities: Sequence[int]
+) -> tuple[Exchange, Int[Array, 'R K']]:
+    """The way of rows to the devices of their experts, and the experts of those that come here: `pallas_kernels.exchange`."""
+    return keep(pallas_kernels.exchange(experts_MK, num_experts, axes, capacities))
+
+
 @jax.named_scope('experts')
 def expert_ffn(
     params: Mapping[str, Any],
     x_MD: Float[Array, 'M D'],
     gates_MK: Float[Array, 'M K'],
-    experts_MK: Int[Array, 'M K'],
+    experts_RK: Int[Array, 'R K'],
     num_experts: int,
     precision: PrecisionConfig,
-) -> Float[Array, 'M D']:
-    """The routed experts of a layer by grouped kernels, where `has_expert_ffn` says so.
+    exchange: Exchange | None = None,
+    max_routed: int | None = None,
+) -> tuple[Float[Array, 'M D'], Int[Array, ' E']]:
+    """The routed experts of a layer by grouped kernels, where `has_expert_ffn` says so, and how many rows each computed.
 
     Under 'fp8' every product is in float8, which is all that the backward pass keeps; `params` are the masters, or what
-    `quantize_experts` made of them, or both: then the masters are not read and get the gradients.
+    `quantize_experts` made of them, or both: then the masters are not read and get the gradients. With an exchange
+    `experts_RK` and `num_experts` are those of the rows that come to this device and of its weights; else R is M.
     """
     if not x_MD.size:
-        return x_MD
-    routes = keep(pallas_kernels.routes(experts_MK, num_experts))
+        return x_MD, jnp.zeros(num_experts, jnp.int32)
+    routes = keep(pallas_kernels.routes(experts_RK, num_experts, max_routed))
     if precision.recipe == 'bf16':
-        return pallas_kernels.expert_ffn_bf16(x_MD, gates_MK, routes, _masters(params))
-    return pallas_kernels.expert_ffn_fp8(
+        if exchange is not None:
+            x_MD, gates_MK = keep((exchange.send(x_MD), exchange.send(gates_MK)))
+        y_MD = pallas_kernels.expert_ffn_bf16(x_MD, gates_MK, routes, _masters(params))
+        return y_MD if exchange is None else exchange.bring(y_MD), routes.group_sizes_E
+    y_MD = pallas_kernels.expert_ffn_fp8(
         x_MD,
         gates_MK,
         routes,
         _masters(params) if 'w_up_EDF' in params else None,
         params.get(QUANTIZED),
+        exchange=exchange,
         power_of_two=precision.power_of_two_scales,
     )
+    return y_MD, routes.group_sizes_E
 
 
 def _masters(params: Mapping[str, Any]) -> tuple[Array, Array, Array]:

@@ -55,7 +55,7 @@ def select_experts(scores_ME: Float[Array, 'M E'], config: MoEConfig) -> Int[Arr
 @jax.named_scope('route')
 def expert_load(experts_MK: Int[Array, 'M K'], num_experts: int) -> Int[Array, ' E']:
     """Tokens sent to each expert."""
-    return jnp.zeros(num_experts, jnp.int32).at[experts_MK.reshape(-1)].add(1)
+    return jnp.zeros(num_experts, jnp.int32).at[experts_MK.reshape(-1)].add(1, mode='drop')
 
 
 def update_bias(

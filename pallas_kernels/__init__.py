@@ -7,6 +7,7 @@ by name and cannot serve its input raises, it never falls back.
 
 from pallas_kernels.decode_mla.api import LatentPages, decode_mla, quantize_latents
 from pallas_kernels.decode_mla.schedule import PAGE
+from pallas_kernels.exchange import Exchange, exchange
 from pallas_kernels.expert_ffn_bf16.api import expert_ffn_bf16
 from pallas_kernels.expert_ffn_fp8.api import ExpertWeights, expert_ffn_fp8, quantize_experts
 from pallas_kernels.ffn_fp8.api import ffn_fp8
@@ -34,6 +35,7 @@ from pallas_kernels.swiglu_quantize.api import swiglu_quantize, swiglu_quantize_
 __all__ = [
     'E5M6',
     'PAGE',
+    'Exchange',
     'ExpertWeights',
     'Implementation',
     'LatentPages',
@@ -42,6 +44,7 @@ __all__ = [
     'Routes',
     'decode_mla',
     'dequantize_e5m6',
+    'exchange',
     'expert_ffn_bf16',
     'expert_ffn_fp8',
     'ffn_fp8',

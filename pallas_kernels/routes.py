@@ -21,7 +21,7 @@ from pallas_kernels.groups import ALIGNMENT, group_starts
 class Routes(NamedTuple):
     """Attributes:
     token_M: the token whose row this is, T if there is none.
-    row_TK: the row of each token's k-th expert.
+    row_TK: the row of each token's k-th expert, M or more if it has none.
     group_sizes_E: rows of each expert, padding not counted.
     """
 
@@ -36,18 +36,30 @@ def buffer_rows(routed: int, num_experts: int) -> int:
 
 
 @jax.named_scope('sort')
-def routes(experts_TK: Int[Array, 'T K'], num_experts: int) -> Routes:
-    """The stable sort by expert of all routed rows; no row is dropped."""
+def routes(experts_TK: Int[Array, 'T K'], num_experts: int, max_routed: int | None = None) -> Routes:
+    """The stable sort by expert of all routed rows.
+
+    Args:
+      experts_TK: each token's experts; `num_experts` stands for one that is elsewhere, which gets no row.
+      num_experts: E.
+      max_routed: rows that there is room for, however they fall to the experts. The rows of the last experts that find none
+        are dropped, and not counted in `group_sizes_E`. None is T K: no row is dropped.
+    """
     tokens, top_k = experts_TK.shape
     expert_J = experts_TK.reshape(-1).astype(jnp.int32)
+    rows = buffer_rows(expert_J.size if max_routed is None else min(max_routed, expert_J.size), num_experts)
     order_J = jnp.argsort(expert_J, stable=True).astype(jnp.int32)
-    sizes_E = jnp.zeros(num_experts, jnp.int32).at[expert_J].add(1)
-    shift_E = group_starts(sizes_E) - (jnp.cumsum(sizes_E) - sizes_E)
-    sorted_row_J = jnp.arange(order_J.size, dtype=jnp.int32) + shift_E[expert_J[order_J]]
+    sizes_E = jnp.zeros(num_experts, jnp.int32).at[expert_J].add(1, mode='drop')
+    starts_E = group_starts(sizes_E)
+    place_J = jnp.arange(order_J.size, dtype=jnp.int32)
+    sorted_J = expert_J[order_J]
+    sorted_row_J = place_J + (starts_E - (jnp.cumsum(sizes_E) - sizes_E))[sorted_J]
+    # Numbers past the end are all different, as scatters of unique indices want them.
+    sorted_row_J = jnp.where((sorted_J < num_experts) & (sorted_row_J < rows), sorted_row_J, rows + place_J)
     row_J = jnp.zeros_like(order_J).at[order_J].set(sorted_row_J, unique_indices=True)
-    token_M = jnp.full(buffer_rows(order_J.size, num_experts), tokens, jnp.int32)
-    token_M = token_M.at[sorted_row_J].set(order_J // top_k, unique_indices=True)
-    return Routes(token_M, row_J.reshape(tokens, top_k), sizes_E.astype(jnp.int32))
+    token_M = jnp.full(rows, tokens, jnp.int32)
+    token_M = token_M.at[sorted_row_J].set(order_J // top_k, unique_indices=True, mode='drop')
+    return Routes(token_M, row_J.reshape(tokens, top_k), jnp.clip(rows - starts_E, 0, sizes_E).astype(jnp.int32))
 
 
 @jax.named_scope('permute')
@@ -65,10 +77,17 @@ def permute(x: Quantized, token_M: Int[Array, ' M']) -> Quantized:
 def permute_vector(x_TK: Float[Array, 'T K'], routes: Routes) -> Float[Array, ' M']:
     """One number a row, zero for a row without a token: gates."""
     rows = routes.token_M.shape[0]
-    return jnp.zeros(rows, x_TK.dtype).at[routes.row_TK.reshape(-1)].set(x_TK.reshape(-1), unique_indices=True)
+    places_J = routes.row_TK.reshape(-1)
+    return jnp.zeros(rows, x_TK.dtype).at[places_J].set(x_TK.reshape(-1), unique_indices=True, mode='drop')
+
+
+def take_vector(x_M: Float[Array, ' M'], routes: Routes) -> Float[Array, 'T K']:
+    """The number of each token's k-th row, zero where it has none."""
+    return jnp.take(x_M, routes.row_TK, mode='fill', fill_value=0)
 
 
 @jax.named_scope('combine')
 def combine(y_MD: Float[Array, 'M D'], row_TK: Int[Array, 'T K'], dtype: DTypeLike) -> Float[Array, 'T D']:
-    """The sum of each token's rows, in float32, rounded once."""
-    return jnp.sum(y_MD[row_TK].astype(jnp.float32), axis=1).astype(dtype)
+    """The sum of each token's rows, in float32, rounded once; rows past the end count nothing."""
+    y_TKD = jnp.take(y_MD, row_TK, axis=0, mode='fill', fill_value=0)
+    return jnp.sum(y_TKD.astype(jnp.float32), axis=1).astype(dtype)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 import deepseek_jax as ds
 from train import memory
 from train.guard import GuardConfig
 from train.loss import ObjectiveConfig
 from train.optimizer import OptimizerConfig
+from train.parallel import Layout
 from train.step import Hyperparameters, State, StepMetrics, jit_step
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class StepPrograms:
     Where a program does not fit on the device, the error says what would: that takes a few compilations.
 
     Attributes:
-      model, optimizer, objective, guard, microbatch_size, mesh: what `train_step` is compiled for.
+      model, optimizer, objective, guard, microbatch_size, layout: what `train_step` is compiled for.
       batch_sizes: of the whole run, which another microbatch size would have to divide.
       report: shows a line to the user.
     """
@@ -64,7 +64,7 @@ class StepPrograms:
     microbatch_size: int | None
     batch_sizes: Sequence[int]
     report: Callable[[str], None]
-    mesh: Mesh | None = None
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         self._lowered: dict[int, jax.stages.Lowered] = {}
@@ -141,7 +141,7 @@ class StepPrograms:
             config=self.objective,
             guard=self.guard,
             microbatch_size=setting.microbatch_size,
-            mesh=self.mesh,
+            layout=self.layout,
         )
         return traced.lower()
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 import deepseek_jax as ds
 from train import data
 from train.loss import ObjectiveConfig
+from train.parallel import Layout
 from train.step import as_batch, eval_step
 
 
@@ -19,11 +19,13 @@ class Heldout(NamedTuple):
       bits_per_byte: of the text that the targets stand for.
       loss: nats a target.
       load_LE: tokens sent to each expert, numpy int64.
+      dropped: choices of experts that were not computed for want of room.
     """
 
     bits_per_byte: float
     loss: float
     load_LE: np.ndarray
+    dropped: int
 
 
 def evaluate(
@@ -32,14 +34,15 @@ def evaluate(
     byte_lengths: np.ndarray,
     model: ds.ModelConfig,
     objective: ObjectiveConfig,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
 ) -> Heldout:
     """The evaluation of parameters on batches of held-out rows, by `Tokenizer.byte_lengths()`."""
-    nats, weight, num_bytes, load = 0.0, 0.0, 0, 0
+    nats, weight, num_bytes, load, dropped = 0.0, 0.0, 0, 0, 0
     for rows in batches:
-        losses = eval_step(params, as_batch(rows, mesh), model=model, config=objective, mesh=mesh)
+        losses = eval_step(params, as_batch(rows, layout), model=model, config=objective, layout=layout)
         nats += float(losses.nats)
         weight += float(rows['weights'].sum())
         num_bytes += data.target_bytes(rows, byte_lengths)
         load = load + np.asarray(losses.load_LE, np.int64)
-    return Heldout(data.bits_per_byte(nats, num_bytes), nats / weight, np.asarray(load))
+        dropped += int(losses.dropped)
+    return Heldout(data.bits_per_byte(nats, num_bytes), nats / weight, np.asarray(load), dropped)

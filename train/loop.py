@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 import deepseek_jax as ds
 from train import data as data_lib
@@ -21,6 +20,7 @@ from train.guard import GuardConfig, check_streak, why_skipped
 from train.loss import ObjectiveConfig
 from train.metrics import METRICS_FILE, TIMING_FILE, MetricsFile, ProgressDisplay, read_jsonl
 from train.optimizer import OptimizerConfig
+from train.parallel import Layout
 from train.step import Hyperparameters, State, StepMetrics, as_batch
 
 PLOT_FILE = 'loss.png'
@@ -101,7 +101,7 @@ class Loop:
     total_steps: int
     total_tokens: int
     resume_step: int
-    mesh: Mesh | None = None
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         self._byte_lengths = self.corpus.tokenizer.byte_lengths()
@@ -116,7 +116,7 @@ class Loop:
             microbatch_size=self.microbatch_size,
             batch_sizes=self.batch_sizes,
             report=self._display.message,
-            mesh=self.mesh,
+            layout=self.layout,
         )
         self._pending: _Taken | None = None
         self._num_steps, self._num_skipped, self._waited = 0, 0, 0.0
@@ -126,7 +126,7 @@ class Loop:
         """A batch on its way to the device; called in another thread."""
         rows, progress = batch
         num_bytes = data_lib.target_bytes(rows, self._byte_lengths)
-        return Input(as_batch(rows, self.mesh), rows['weights'].size, num_bytes, progress)
+        return Input(as_batch(rows, self.layout), rows['weights'].size, num_bytes, progress)
 
     def step(self, state: State, given: Input, waited: float) -> State:
         """Takes a step with a batch that was waited for so many seconds."""
@@ -171,6 +171,7 @@ class Loop:
             mtp_weight=values.mtp_weight,
             bias_rate=values.bias_rate,
             load_max_over_mean=np.round(load.max(-1) / load.mean(-1), 6).tolist() if load.size else [],
+            **self._dropped(int(losses.dropped)),
             **({} if reason is None else {'skipped': reason}),
         )
         now = time.monotonic()
@@ -186,6 +187,11 @@ class Loop:
         self._num_steps += 1
         self._waited += waited
         self._display.update(step, float(losses.loss), bits_per_byte, rate)
+        if losses.dropped:
+            share = int(losses.dropped) / load.sum()
+            self._display.message(
+                f'step {step}: {losses.dropped:,} choices of experts ({share:.3%}) found no room on their devices'
+            )
         if reason is not None:
             self._num_skipped += 1
             self._display.message(f'step {step} skipped: {reason}')
@@ -208,6 +214,7 @@ class Loop:
             heldout_bits_per_byte=found.bits_per_byte,
             heldout_loss=found.loss,
             expert_load=np.round(load / np.maximum(np.sum(load, -1, keepdims=True), 1), 6).tolist(),
+            **self._dropped(found.dropped),
             **averaged,
         )
         self._display.message(text)
@@ -232,11 +239,16 @@ class Loop:
         if self.average is not None:
             self.average.close()
 
+    def _dropped(self, count: int) -> dict[str, int]:
+        """The metric of choices of experts that were not computed, where there can be some."""
+        experts = None if self.layout is None else self.layout.experts
+        return {} if experts is None or experts.capacity_factor is None else {'dropped_choices': count}
+
     def _heldout(self, params: Any) -> evaluation.Heldout:
         batches = data_lib.heldout_batches(
             self.corpus, self.sequence_length, self.eval_batch_size, max_rows=self.eval_rows
         )
-        return evaluation.evaluate(params, batches, self._byte_lengths, self.model, self.objective, self.mesh)
+        return evaluation.evaluate(params, batches, self._byte_lengths, self.model, self.objective, self.layout)
 
     def _compile(self, state: State, given: Input, values: Hyperparameters) -> float:
         # The step before must not wait for this to be read, nor its seconds count it.

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 import deepseek_jax as ds
 from deepseek_jax.config import check_types, require_positive
 from deepseek_jax.model import tokens_ahead
+from deepseek_jax.sharding import ExpertParallel
 from train.cross_entropy import cross_entropy
 from train.schedule import Schedule
 
@@ -63,6 +64,7 @@ class Losses(NamedTuple):
       balance_loss: sum over layers, without its weight.
       nats: summed next-token cross-entropy of all weighted targets.
       load_LE: tokens sent to each expert.
+      dropped: choices of experts that were not computed for want of room.
     """
 
     loss: Float[Array, '']
@@ -70,6 +72,7 @@ class Losses(NamedTuple):
     balance_loss: Float[Array, '']
     nats: Float[Array, '']
     load_LE: Int[Array, 'L E']
+    dropped: Int[Array, '']
 
 
 def totals(batch: Mapping[str, Array], model: ds.ModelConfig, axes: Sequence[str] = ()) -> Totals:
@@ -87,6 +90,7 @@ def objective(
     config: ObjectiveConfig,
     mtp_weight: Float[Array, ''] | float,
     whole: Totals | None = None,
+    parallel: ExpertParallel | None = None,
 ) -> tuple[Float[Array, ''], Losses]:
     """The loss to minimise, and its terms.
 
@@ -100,12 +104,13 @@ def objective(
       mtp_weight: lambda; the modules run whatever its value.
       whole: totals of the batch that this one is a part of: all that is returned, gradients too, is then the part's
         share. None: the batch is whole.
+      parallel: experts lie on many devices, and `params` has those of this one.
     """
     whole = totals(batch, model) if whole is None else whole
     tokens, segments = batch['tokens'], batch['segments']
     length = tokens.shape[1] - 1
     ahead_LBT = tokens_ahead(tokens, length, model.mtp_depth) if model.mtp_depth else None
-    states = ds.states(params, tokens[:, :-1], model, segments[:, :-1], ahead_LBT)
+    states = ds.states(params, tokens[:, :-1], model, segments[:, :-1], ahead_LBT, parallel)
     hidden_LBTD = states.hidden_BTD[None]
     if states.mtp_LBTD is not None:
         hidden_LBTD = jnp.concatenate([hidden_LBTD, states.mtp_LBTD])
@@ -126,7 +131,7 @@ def objective(
     # A mean over the batch's sequences, so a part counts by how many of them it has.
     balance_loss = states.balance_loss_L.sum() * (len(tokens) / whole.num_sequences)
     total = prediction_loss + config.balance_weight * balance_loss
-    return total, Losses(nats / whole.weight, mtp_loss, balance_loss, nats, states.load_LE)
+    return total, Losses(nats / whole.weight, mtp_loss, balance_loss, nats, states.load_LE, states.dropped_L.sum())
 
 
 def _targets(batch: Mapping[str, Array], mtp_depth: int) -> tuple[Int[Array, 'L B T'], Float[Array, 'L B T']]:

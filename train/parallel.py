@@ -1,6 +1,6 @@
 """Training on many devices: where the state and the batch lie, and what devices exchange for a gradient.
 
-  state     parameters and both moments, cut over `fsdp`; copies over `data`
+  state     parameters and both moments, cut over `fsdp`, experts also over `node` and `expert`; copies over `data`
   batch     rows, cut over all axes
 
   a step    gather parameters over `fsdp`     each device: gradient of its rows     add up over `data`, add up and cut over `fsdp`
@@ -8,19 +8,33 @@
                                               matrices and their own rows)
 
 Parameters are gathered once a step, whatever the number of microbatches: what optimizers keep, and masters, take a share of each
-device's memory (ZeRO-1 and 2), gathered parameters and a step's gradient all of theirs. Every device's loss is its share of the
-batch's, so all that is exchanged beside is added up.
+device's memory (ZeRO-1 and 2), gathered parameters and a step's gradient all of theirs. Experts stay where they are, and rows of
+tokens travel to them (`deepseek_jax.sharding.ExpertParallel`), so their gradients are whole but for `data` and `fsdp`. Every
+device's loss is its share of the batch's, so all that is exchanged beside is added up.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from deepseek_jax import names, sharding
 from deepseek_jax.config import check_types, require_positive
+from deepseek_jax.sharding import ExpertParallel
+
+
+class Layout(NamedTuple):
+    """The devices that a step is cut over.
+
+    Attributes:
+      mesh: with the axes of `deepseek_jax.sharding`.
+      experts: how rows get to experts on other devices; None if every device has all.
+    """
+
+    mesh: Mesh
+    experts: ExpertParallel | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,49 +44,71 @@ class MeshConfig:
     Attributes:
       data: copies of the state.
       fsdp: devices that one copy is cut over.
+      expert: devices that its experts are cut over.
+      expert_nodes: nodes that these are on. More than one: rows travel to a node first, and there to its devices.
+      capacity_factor: what a device has room for, as a multiple of what comes to it when all experts are used evenly; what
+        exceeds it is not computed, and counted in the metrics. None makes room for everything.
     """
 
     data: int = 1
     fsdp: int = 1
+    expert: int = 1
+    expert_nodes: int = 1
+    capacity_factor: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_positive(self, 'data', 'fsdp')
+        require_positive(self, 'data', 'fsdp', 'expert', 'expert_nodes', 'capacity_factor')
+        if self.expert % self.expert_nodes:
+            raise ValueError(f'MeshConfig.expert={self.expert} must be a multiple of {self.expert_nodes=}')
+        if self.capacity_factor is not None and self.expert == 1:
+            raise ValueError(f'MeshConfig.capacity_factor={self.capacity_factor} needs expert above 1')
 
     @property
     def size(self) -> int:
         """Devices in all; every batch and microbatch is cut into as many parts."""
-        return self.data * self.fsdp
+        return self.data * self.fsdp * self.expert
 
-    def make(self) -> Mesh | None:
-        """The mesh of the first devices; None of one device, which cuts nothing. Raises `ValueError` if there are not as many."""
+    def make(self) -> Layout | None:
+        """The layout on the first devices; None of one device, which cuts nothing. Raises `ValueError` if there are not as many."""
         if self.size > (present := jax.device_count()):
             raise ValueError(
-                f'MeshConfig: data={self.data} x fsdp={self.fsdp} are {self.size} devices, there are {present}'
+                f'MeshConfig: data={self.data} x fsdp={self.fsdp} x expert={self.expert} are {self.size} devices, '
+                f'there are {present}'
             )
         if self.size == 1:
             return None
-        return sharding.make_mesh(data=self.data, fsdp=self.fsdp, devices=jax.devices()[: self.size])
+        mesh = sharding.make_mesh(
+            data=self.data,
+            fsdp=self.fsdp,
+            node=self.expert_nodes,
+            expert=self.expert // self.expert_nodes,
+            devices=jax.devices()[: self.size],
+        )
+        hops = tuple(axis for axis in sharding.EXPERT_AXES if mesh.shape[axis] > 1)
+        return Layout(mesh, ExpertParallel(hops, self.capacity_factor) if hops else None)
 
 
-def places(tree: Any, params: Any, mesh: Mesh | None) -> Any:
+def places(tree: Any, params: Any, layout: Layout | None) -> Any:
     """Where each leaf of a tree (of arrays or shapes) lies: what bears a parameter's path, at its end, as the parameter.
 
-    Everything else, and everything without a mesh, lies whole on each device.
+    Everything else, and everything without a layout, lies whole on each device.
 
     Args:
       tree: a state, or a part of one.
       params: the parameters.
-      mesh: the devices; None is the first one alone.
+      layout: the devices; None is the first one alone.
 
     Raises:
       ValueError: a parameter's dimension is not a multiple of the mesh axis that it is cut over.
     """
-    if mesh is None:
+    if layout is None:
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), tree)
     table: dict[tuple[str, ...], NamedSharding] = {}
-    names.map_with_names(lambda path, place: table.setdefault(path, place), sharding.param_shardings(params, mesh))
-    whole = NamedSharding(mesh, PartitionSpec())
+    names.map_with_names(
+        lambda path, place: table.setdefault(path, place), sharding.param_shardings(params, layout.mesh)
+    )
+    whole = NamedSharding(layout.mesh, PartitionSpec())
 
     def place(path: tuple[str, ...], _: Any) -> NamedSharding:
         ends = (path[start:] for start in range(len(path)))
@@ -81,16 +117,16 @@ def places(tree: Any, params: Any, mesh: Mesh | None) -> Any:
     return names.map_with_names(place, tree)
 
 
-def over_devices(function: Callable, mesh: Mesh, params: Any, gradients: bool = True) -> Callable:
+def over_devices(function: Callable, layout: Layout, params: Any, gradients: bool = True) -> Callable:
     """A function of whole parameters, a device's rows and anything else, made one of cut parameters and whole batches.
 
     Args:
       function: returns gradients, a tree like the parameters, or None, and a tree of shares that add up to the batch's.
-      mesh: the devices.
+      layout: the devices.
       params: of arrays or shapes.
       gradients: whether it returns some.
     """
-    specs = jax.tree.map(lambda place: place.spec, sharding.param_shardings(params, mesh))
+    specs = jax.tree.map(lambda place: place.spec, sharding.param_shardings(params, layout.mesh))
 
     def local(params: Any, batch: Any, *others: Any) -> tuple[Any, Any]:
         found, shares = function(jax.tree.map(_gathered, params, specs), batch, *others)
@@ -100,7 +136,7 @@ def over_devices(function: Callable, mesh: Mesh, params: Any, gradients: bool = 
     def call(params: Any, batch: Any, *others: Any) -> tuple[Any, Any]:
         region = jax.shard_map(
             local,
-            mesh=mesh,
+            mesh=layout.mesh,
             in_specs=(specs, sharding.BATCH, *(PartitionSpec() for _ in others)),
             out_specs=(specs if gradients else None, PartitionSpec()),
             check_vma=False,
@@ -113,15 +149,19 @@ def over_devices(function: Callable, mesh: Mesh, params: Any, gradients: bool = 
 @jax.named_scope('gather')
 def _gathered(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
     for dimension, axis in enumerate(spec):
-        if axis is not None:
+        if axis == 'fsdp':
             leaf = jax.lax.all_gather(leaf, axis, axis=dimension, tiled=True)
     return leaf
 
 
 @jax.named_scope('reduce')
 def _summed(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-    cut = [axis for axis in spec if axis is not None]
     for dimension, axis in enumerate(spec):
-        if axis is not None:
+        if axis == 'fsdp':
             leaf = jax.lax.psum_scatter(leaf, axis, scatter_dimension=dimension, tiled=True)
-    return jax.lax.psum(leaf, tuple(axis for axis in sharding.AXES if axis not in cut))
+    return jax.lax.psum(leaf, tuple(axis for axis in sharding.AXES if axis not in _axes(spec)))
+
+
+def _axes(spec: PartitionSpec) -> set[str]:
+    """The mesh axes that an array is cut over."""
+    return {axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)}

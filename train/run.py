@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 import deepseek_jax as ds
 from deepseek_jax import checkpoint as run_files
@@ -25,7 +24,7 @@ from train.guard import GuardConfig
 from train.loop import Loop, Result, batches
 from train.loss import ObjectiveConfig
 from train.optimizer import OptimizerConfig
-from train.parallel import MeshConfig
+from train.parallel import Layout, MeshConfig
 from train.prefetch import prefetch
 from train.profile import Profiler
 from train.step import State, init_state
@@ -108,14 +107,14 @@ def train(
         return None
     if run_dir is None:
         raise ValueError('run_dir=None: name the directory that the run is written to')
-    devices = mesh.make()
+    layout = mesh.make()
     directory = pathlib.Path(run_dir)
     _check_run_dir(directory, model, _tokenizer_name(data))
     corpus = data_lib.load_corpus(data)
     _check_vocabulary(corpus, model)
     rows = data_lib.training_rows(corpus, sequence_length, seed)
     saved = Checkpoints(directory, checkpoints) if (directory / run_files.CHECKPOINTS).exists() else None
-    state, progress = _restore_or_init(saved, model, optimizer, guard, seed, init_from, devices)
+    state, progress = _restore_or_init(saved, model, optimizer, guard, seed, init_from, layout)
     if progress.step > total_steps:
         raise ValueError(f'{total_steps=} is below step {progress.step}, which {directory} has already reached')
     average = None
@@ -151,7 +150,7 @@ def train(
         total_steps=total_steps,
         total_tokens=tokens,
         resume_step=progress.step,
-        mesh=devices,
+        layout=layout,
     )
     print(
         f'{flops.count_parameters(model)}; {len(corpus.train.tokens):,} training tokens in '
@@ -206,10 +205,10 @@ def _restore_or_init(
     guard: GuardConfig,
     seed: int,
     init_from: str | None,
-    mesh: Mesh | None,
+    layout: Layout | None,
 ) -> tuple[State, Progress]:
     shapes = jax.eval_shape(lambda key: init_state(key, model, optimizer, guard), jax.random.key(0))
-    places = parallel.places(shapes, shapes.params, mesh)
+    places = parallel.places(shapes, shapes.params, layout)
     if saved is not None and saved.latest_step is not None:
         return saved.restore(jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places))
     initial = None if init_from is None else _load_initial(init_from, model)
@@ -289,12 +288,14 @@ def _check_microbatch_size(arguments: dict[str, Any]) -> None:
 
 def _check_mesh(arguments: dict[str, Any]) -> None:
     mesh, microbatch_size = arguments['mesh'], arguments['microbatch_size']
+    if mesh.expert > 1 and arguments['model'].moe is None:
+        raise ValueError(f'train.mesh has expert={mesh.expert}, and the model has no experts')
     sizes = _batch_sizes(*(arguments[name] for name in ('total_steps', 'batch_size', 'sequence_length', 'batch_ramp')))
     for size in (*sizes, *(() if microbatch_size is None else (microbatch_size,))):
         if size % mesh.size:
             raise ValueError(
-                f'train.mesh has {mesh.size} devices (data={mesh.data} x fsdp={mesh.fsdp}): batches and microbatches must be '
-                f'multiples of that, and {size} is not'
+                f'train.mesh has {mesh.size} devices (data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert}): batches '
+                f'and microbatches must be multiples of that, and {size} is not'
             )
 
 

@@ -7,17 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 import deepseek_jax as ds
 from deepseek_jax import router, sharding
 from deepseek_jax.precision import Float8Copies
+from deepseek_jax.sharding import ExpertParallel
 from train import guard as guard_lib
 from train import parallel
 from train.guard import GuardConfig, GuardState, Verdict
 from train.loss import Losses, ObjectiveConfig, Totals, objective, totals
 from train.optimizer import OptimizerConfig, make_optimizer
+from train.parallel import Layout
 
 
 class State(NamedTuple):
@@ -69,14 +71,14 @@ def step(
     config: ObjectiveConfig,
     guard: GuardConfig = guard_lib.DEFAULT,
     microbatch_size: int | None = None,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
 ) -> tuple[State, StepMetrics]:
     """Gradient, clip and Adam, weight decay, then the routers' biases from the load of the whole batch [2.1.2].
 
     A bad step (`train.guard`) changes nothing but the count of those in a row.
     """
     gradients, loss, losses = batch_gradients(
-        state.params, batch, values.mtp_weight, model, config, microbatch_size, mesh
+        state.params, batch, values.mtp_weight, model, config, microbatch_size, layout
     )
     grad_norm = optax.tree.norm(gradients)
     verdict, history = guard_lib.judge(state.guard, loss, grad_norm, guard)
@@ -91,7 +93,7 @@ def step(
 
 def jit_step(shardings: State | None = None) -> jax.stages.Wrapped:
     """`step` under `jax.jit`, its state given away; with `shardings`, the new state lies where they say."""
-    static = ('model', 'optimizer', 'config', 'guard', 'microbatch_size', 'mesh')
+    static = ('model', 'optimizer', 'config', 'guard', 'microbatch_size', 'layout')
     return jax.jit(step, static_argnames=static, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -105,22 +107,23 @@ def batch_gradients(
     model: ds.ModelConfig,
     config: ObjectiveConfig,
     microbatch_size: int | None,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Any, Array, Losses]:
     """The gradient of the objective over a batch, its value, and its terms.
 
     With a microbatch size, activations of that many sequences exist at a time, and the gradients of such parts add up
     in float32 to that of the batch: each part's terms are divided by what the whole batch's are. The size must divide
-    the batch's. On a mesh each device takes its rows of every part, and the gradient is cut as the parameters are.
+    the batch's. With a layout each device takes its rows of every part, and the gradient is cut as the parameters are.
     """
-    axes = () if mesh is None else sharding.AXES
-    size = microbatch_size if microbatch_size is None or mesh is None else microbatch_size // mesh.size
+    axes = () if layout is None else sharding.AXES
+    size = microbatch_size if microbatch_size is None or layout is None else microbatch_size // layout.mesh.size
+    experts = None if layout is None else layout.experts
 
     def gradients_of(params: Any, batch: Mapping[str, Array], mtp_weight: Array | float) -> tuple[Any, tuple]:
-        return _gradients(params, batch, mtp_weight, model, config, size, totals(batch, model, axes))
+        return _gradients(params, batch, mtp_weight, model, config, size, totals(batch, model, axes), experts)
 
-    if mesh is not None:
-        gradients_of = parallel.over_devices(gradients_of, mesh, params)
+    if layout is not None:
+        gradients_of = parallel.over_devices(gradients_of, layout, params)
     gradients, (loss, losses) = gradients_of(params, dict(batch), jnp.asarray(mtp_weight))
     return gradients, loss, losses
 
@@ -133,13 +136,16 @@ def _gradients(
     config: ObjectiveConfig,
     microbatch_size: int | None,
     whole: Totals,
+    experts: ExpertParallel | None,
 ) -> tuple[Any, tuple[Array, Losses]]:
     """Gradient, value and terms of rows that are a batch, or a part of one with these totals."""
     # Outside the scan: what is computed once a step, whatever the number of parts.
     copies = Float8Copies.of(params, model)
 
     def share(part: Mapping[str, Array]) -> tuple[Any, tuple[Array, Losses]]:
-        loss = lambda params: objective(copies.beside(params), part, model, config, mtp_weight, whole)  # noqa: E731
+        def loss(params: Any) -> tuple[Array, Losses]:
+            return objective(copies.beside(params), part, model, config, mtp_weight, whole, experts)
+
         values, gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return gradients, values
 
@@ -162,23 +168,24 @@ def microbatches(batch: Mapping[str, Array], size: int) -> dict[str, Array]:
     return {name: rows.reshape(size, -1, *rows.shape[1:]).swapaxes(0, 1) for name, rows in batch.items()}
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'config', 'mesh'))
+@functools.partial(jax.jit, static_argnames=('model', 'config', 'layout'))
 def eval_step(
     params: Any,
     batch: Mapping[str, Array],
     *,
     model: ds.ModelConfig,
     config: ObjectiveConfig,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
 ) -> Losses:
     """The losses of a batch, without an update."""
-    if mesh is None:
+    if layout is None:
         return objective(params, batch, model, config, 0.0)[1]
 
     def losses(params: Any, batch: Mapping[str, Array]) -> tuple[None, Losses]:
-        return None, objective(params, batch, model, config, 0.0, totals(batch, model, sharding.AXES))[1]
+        whole = totals(batch, model, sharding.AXES)
+        return None, objective(params, batch, model, config, 0.0, whole, layout.experts)[1]
 
-    return parallel.over_devices(losses, mesh, params, gradients=False)(params, dict(batch))[1]
+    return parallel.over_devices(losses, layout, params, gradients=False)(params, dict(batch))[1]
 
 
 def update_router_biases(params: Any, load_LE: Array, rate: Array | float, model: ds.ModelConfig) -> Any:
@@ -193,6 +200,6 @@ def update_router_biases(params: Any, load_LE: Array, rate: Array | float, model
     return params
 
 
-def as_batch(rows: Mapping[str, Any], mesh: Mesh | None = None) -> dict[str, jax.Array]:
-    """A batch of numpy rows on the device, or cut over those of a mesh."""
-    return jax.device_put(dict(rows), None if mesh is None else NamedSharding(mesh, sharding.BATCH))
+def as_batch(rows: Mapping[str, Any], layout: Layout | None = None) -> dict[str, jax.Array]:
+    """A batch of numpy rows on the device, or cut over those of a layout."""
+    return jax.device_put(dict(rows), None if layout is None else NamedSharding(layout.mesh, sharding.BATCH))

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.exchange import Exchange
 from pallas_kernels.fp8 import BLOCK, Quantized, dequantize_rows, rounded
 from pallas_kernels.grouped_gemm_fp8.api import grouped_gemm_fp8, grouped_wgrad_fp8
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.linear_fp8.api import QuantizedWeight
 from pallas_kernels.quantize_fp8.api import quantize_blocks, quantize_rows, requantize_columns
-from pallas_kernels.routes import Routes, combine, permute, permute_vector
+from pallas_kernels.routes import Routes, combine, permute, permute_vector, take_vector
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize, swiglu_quantize_backward
 
 SAVED = 'expert_ffn'  # name of what is kept of gate_up for policies of `jax.checkpoint`: its product need not run again
@@ -86,6 +87,7 @@ def expert_ffn_fp8(
     weights: tuple[Array, Array, Array] | None,
     quantized: ExpertWeights | None = None,
     *,
+    exchange: Exchange | None = None,
     power_of_two: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, 'T D']:
@@ -97,10 +99,12 @@ def expert_ffn_fp8(
     Args:
       x_TD: bfloat16 or float32.
       gates_TK: what each token's experts count.
-      routes: of `pallas_kernels.routes.routes`; dropless.
+      routes: of `pallas_kernels.routes.routes`; with an exchange, those of the R rows that come here.
       weights: the masters w_gate (E, D, F), w_up (E, D, F) and w_down (E, F, D). None if there are only quantised ones,
         which get no gradient.
       quantized: what `quantize_experts` made of them. The masters are then not read, and still get their gradients.
+      exchange: experts lie on many devices, and `weights` are this one's. Rows travel in float8, with scales that are powers
+        of two, x forward and the gradient of out backward; what becomes of them returns in the dtype of x.
       power_of_two: scales of all operands are powers of two.
       implementation: 'reference', 'pallas' (a Hopper GPU; D and F multiples of 128), or None for what serves best.
 
@@ -110,7 +114,8 @@ def expert_ffn_fp8(
     """
     if weights is None and quantized is None:
         raise ValueError('expert_ffn_fp8: without weights there must be quantised ones')
-    if gates_TK.shape != routes.row_TK.shape or x_TD.shape[0] != gates_TK.shape[0]:
+    apart = exchange is None and gates_TK.shape != routes.row_TK.shape
+    if apart or x_TD.shape[0] != gates_TK.shape[0]:
         raise ValueError(
             f'expert_ffn_fp8: x is {x_TD.shape}, gates {gates_TK.shape} and routes are for {routes.row_TK.shape}'
         )
@@ -120,7 +125,8 @@ def expert_ffn_fp8(
     if experts != (wanted := (routes.group_sizes_E.shape[0], x_TD.shape[1])):
         raise ValueError(f'expert_ffn_fp8: weights are for (E, D) = {experts}, routes and x for {wanted}')
     dtypes, width = ((), 0) if weights is None else (tuple(w.dtype for w in weights), weights[0].shape[2])
-    return _ffn(Call(dtypes, width, power_of_two, implementation), x_TD, gates_TK, routes, weights, quantized)
+    call = Call(dtypes, width, power_of_two, implementation)
+    return _ffn(call, x_TD, gates_TK, routes, weights, quantized, exchange)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -131,8 +137,9 @@ def _ffn(
     routes: Routes,
     weights: tuple | None,
     quantized: ExpertWeights | None,
+    exchange: Exchange | None,
 ) -> Array:
-    return _forward(call, x_TD, gates_TK, routes, weights, quantized, keep=False)[0]
+    return _forward(call, x_TD, gates_TK, routes, weights, quantized, exchange, keep=False)[0]
 
 
 def _forward(
@@ -142,39 +149,44 @@ def _forward(
     routes: Routes,
     weights: tuple | None,
     quantized: ExpertWeights | None,
+    exchange: Exchange | None,
     keep: bool = True,
 ) -> tuple[Array, tuple | None]:
     if quantized is None:
         assert weights is not None
         quantized = quantize_experts(*weights, **call.options)
     sizes_E, multiply = routes.group_sizes_E, functools.partial(grouped_gemm_fp8, implementation=call.implementation)
-    x = quantize_rows(x_TD, **call.options)
+    x, gates_RK = _sent(call, x_TD, exchange), gates_TK
+    if exchange is not None:
+        gates_RK = exchange.send(gates_TK)
+        # What has travelled is kept, and does not travel again.
+        x, gates_RK = jax.tree.map(lambda leaf: checkpoint_name(leaf, SAVED), (x, gates_RK))
     gate_up_MG = multiply(permute(x, routes.token_M), quantized.gate_up.transposed, sizes_E)
-    gate_M = permute_vector(gates_TK, routes)
+    gate_M = permute_vector(gates_RK, routes)
     hidden, _ = swiglu_quantize(gate_up_MG, gate_M, columns=False, **call.options)
     y_MD = multiply(hidden, quantized.down.transposed, sizes_E)
-    out_TD = combine(y_MD, routes.row_TK, x_TD.dtype)
+    out_TD = _back(combine(y_MD, routes.row_TK, x_TD.dtype), exchange)
     if not keep:
         return out_TD, None
     gate_up = quantize_rows(gate_up_MG, **call.options)
     gate_up = Quantized(*(checkpoint_name(leaf, SAVED) for leaf in gate_up))
-    return out_TD, (x, gate_up, gate_M, quantized.gate_up.natural, quantized.down.natural, routes)
+    return out_TD, (x, gate_up, gate_M, quantized.gate_up.natural, quantized.down.natural, routes, exchange)
 
 
 def _backward(call: Call, residuals: tuple, d_out_TD: Array) -> tuple:
-    x, gate_up, gate_M, w_gate_up, w_down, routes = residuals
+    x, gate_up, gate_M, w_gate_up, w_down, routes, exchange = residuals
     sizes_E, multiply = routes.group_sizes_E, functools.partial(grouped_gemm_fp8, implementation=call.implementation)
-    d_out = permute(quantize_rows(d_out_TD, **call.options), routes.token_M)
+    d_out = permute(_sent(call, d_out_TD, exchange), routes.token_M)
     d_hidden_MP = multiply(d_out, w_down, sizes_E)
     d_gate_up, d_gate_up_columns, d_gate_M = swiglu_quantize_backward(
         gate_up, d_hidden_MP, gate_M, columns=bool(call.dtypes), **call.options
     )
     assert d_gate_M is not None
     d_x_MD = multiply(d_gate_up, w_gate_up, sizes_E)
-    d_x_TD = combine(d_x_MD, routes.row_TK, d_out_TD.dtype)
-    d_gates_TK = d_gate_M[routes.row_TK]
+    d_x_TD = _back(combine(d_x_MD, routes.row_TK, d_out_TD.dtype), exchange)
+    d_gates_TK = _back(take_vector(d_gate_M, routes), exchange)
     if not call.dtypes:
-        return d_x_TD, d_gates_TK, None, None, None
+        return d_x_TD, d_gates_TK, None, None, None, None
     assert d_gate_up_columns is not None
     wgrad = functools.partial(grouped_wgrad_fp8, implementation=call.implementation)
     by_tokens = functools.partial(requantize_columns, **call.options)
@@ -186,10 +198,22 @@ def _backward(call: Call, residuals: tuple, d_out_TD: Array) -> tuple:
     d_down_EPD = wgrad(hidden_columns, by_tokens(d_out), sizes_E)
     F = call.width
     gradients = d_gate_EDP[..., :F], d_up_EDP[..., :F], d_down_EPD[:, :F]
-    return d_x_TD, d_gates_TK, None, tuple(d.astype(t) for d, t in zip(gradients, call.dtypes, strict=True)), None
+    return d_x_TD, d_gates_TK, None, tuple(d.astype(t) for d, t in zip(gradients, call.dtypes, strict=True)), None, None
 
 
 _ffn.defvjp(_forward, _backward)
+
+
+def _sent(call: Call, x_TD: Array, exchange: Exchange | None) -> Quantized:
+    """Rows in float8, where their experts are."""
+    if exchange is None:
+        return quantize_rows(x_TD, **call.options)
+    return exchange.send_quantized(quantize_rows(x_TD, power_of_two=True, implementation=call.implementation))
+
+
+def _back(y_RD: Array, exchange: Exchange | None) -> Array:
+    """The sums of the copies of rows, where they came from."""
+    return y_RD if exchange is None else exchange.bring(y_RD)
 
 
 def _check_weights(w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array) -> None:

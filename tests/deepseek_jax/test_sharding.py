@@ -11,10 +11,14 @@ from tests.support import TINY, random_params
 
 def test_param_spec_is_read_off_the_name():
     spec = sharding.param_spec
-    assert spec(('moe_layers', 'moe', 'experts', 'w_up_EDF'), 4) == PartitionSpec(None, 'expert', 'fsdp', None)
-    assert spec(('moe_layers', 'moe', 'experts', 'w_down_EFD'), 4) == PartitionSpec(None, 'expert', None, 'fsdp')
+    assert spec(('moe_layers', 'moe', 'experts', 'w_up_EDF'), 4) == PartitionSpec(
+        None, ('node', 'expert'), 'fsdp', None
+    )
+    assert spec(('moe_layers', 'moe', 'experts', 'w_down_EFD'), 4) == PartitionSpec(
+        None, ('node', 'expert'), None, 'fsdp'
+    )
     assert spec(('dense_layers', 'attention', 'w_o_HUD'), 4) == PartitionSpec(None, None, None, 'fsdp')
-    assert spec(('dense_layers', 'attention', 'w_uk_CHN'), 4) == PartitionSpec(None, None, 'fsdp', None)
+    assert spec(('dense_layers', 'attention', 'w_uk_CHN'), 4) == PartitionSpec(None, 'fsdp', None, None)
     assert spec(('mtp', 'w_hidden_DD'), 3) == PartitionSpec(None, 'fsdp', None)
     assert spec(('embedding_VD',), 2) == PartitionSpec(None, 'fsdp')
     assert spec(('final_norm_D',), 1) == PartitionSpec(None)
@@ -41,7 +45,7 @@ def test_every_parameter_of_the_model_has_a_spec_that_divides():
     shardings = sharding.param_shardings(random_params(TINY), mesh)
     assert all(isinstance(leaf, NamedSharding) for leaf in jax.tree.leaves(shardings))
     odd = {'moe_layers': {'w_up_EDF': jax.ShapeDtypeStruct((1, 9, 8, 8), jnp.float32)}}
-    with pytest.raises(ValueError, match=r"9 is not a multiple of the 2 devices of mesh axis 'expert'"):
+    with pytest.raises(ValueError, match=r"9 is not a multiple of the 2 devices of mesh axis 'node x expert'"):
         sharding.param_shardings(odd, mesh)
     with pytest.raises(ValueError, match=r'must equal the 8 devices'):
         sharding.make_mesh(data=3)

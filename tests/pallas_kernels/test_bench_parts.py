@@ -95,7 +95,7 @@ def cheap_layers(size: moe_layer.Size) -> dict:
 
     def layer(params, x_BTD):
         y_BTD = moe.swiglu(params['shared'], x_BTD, PrecisionConfig(recipe='bf16'))
-        return y_BTD, moe.Balance(jnp.zeros(size.E, jnp.int32), jnp.mean(params['router']['w_router_DE']))
+        return y_BTD, moe.Balance(jnp.zeros(size.E, jnp.int32), jnp.mean(params['router']['w_router_DE']), jnp.int32(0))
 
     return dict.fromkeys(('fp8', 'bf16', 'ragged_dot'), layer)
 

@@ -206,12 +206,13 @@ def test_terms_are_weighted_and_masked(monkeypatch):
     segments = np.array([[1] * 8, [1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 2, 3, 3, 0, 0]], np.int32)
     weights = draw.random((batch_size, length)).astype(np.float32)
 
-    def states(params, given_BT, config, given_segments_BT, ahead_LBT):
+    def states(params, given_BT, config, given_segments_BT, ahead_LBT, parallel):
         return SimpleNamespace(
             hidden_BTD=jnp.asarray(hidden[0]),
             mtp_LBTD=jnp.asarray(hidden[1:]),
             load_LE=jnp.zeros((2, 4), jnp.int32),
             balance_loss_L=jnp.asarray([2.0, 5.0]),
+            dropped_L=jnp.zeros(2, jnp.int32),
         )
 
     monkeypatch.setattr('train.loss.ds.states', states)

@@ -60,7 +60,7 @@ def test_evaluation_equals_that_of_one_device(params, rows, model, objective):
     mesh = MeshConfig(data=2, fsdp=2).make()
     wanted = eval_step(params, as_batch(rows), model=model, config=objective)
     placed = jax.device_put(params, parallel.places(params, params, mesh))
-    found = eval_step(placed, as_batch(rows, mesh), model=model, config=objective, mesh=mesh)
+    found = eval_step(placed, as_batch(rows, mesh), model=model, config=objective, layout=mesh)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, wanted)
 
 
@@ -83,7 +83,7 @@ def test_without_a_mesh_everything_lies_on_the_first_device(params):
 
 
 def test_bad_meshes_are_refused(model):
-    with pytest.raises(ValueError, match=r'data=3 x fsdp=4 are 12 devices, there are 8'):
+    with pytest.raises(ValueError, match=r'data=3 x fsdp=4 x expert=1 are 12 devices, there are 8'):
         MeshConfig(data=3, fsdp=4).make()
     with pytest.raises(ValueError, match=r'MeshConfig.fsdp=0 must be positive'):
         MeshConfig(fsdp=0)

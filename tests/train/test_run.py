@@ -3,6 +3,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -213,7 +214,7 @@ def test_run_that_a_signal_stops_saves_its_step_and_loses_nothing(
 def test_run_on_a_mesh_goes_on_on_one_device_and_equals_it(start, whole, tmp_path, spoil):
     spoil(end=8)
     with pytest.raises(Killed):
-        start(tmp_path / 'run', mesh=MeshConfig(data=2, fsdp=2))
+        start(tmp_path / 'run', mesh=MeshConfig(fsdp=2, expert=2, capacity_factor=2.0))
     spoil()
     start(tmp_path / 'run')
     found, wanted = (read_jsonl(directory / 'metrics.jsonl') for directory in (tmp_path / 'run', whole))
@@ -221,8 +222,18 @@ def test_run_on_a_mesh_goes_on_on_one_device_and_equals_it(start, whole, tmp_pat
     for line, other in zip(found, wanted, strict=True):
         name = 'loss' if 'loss' in line else 'heldout_loss'
         np.testing.assert_allclose(line[name], other[name], rtol=1e-4)
+    assert [line.get('dropped_choices') for line in found[:4]] == [0] * 4  # those taken on the mesh
     params = ds.load_run(tmp_path / 'run')[1]
     assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {SingleDeviceSharding(jax.devices()[0])}
+
+
+def test_choices_that_find_no_room_are_written_and_shown(start, tmp_path, capsys):
+    start(tmp_path / 'run', total_steps=2, eval_every=2, mesh=MeshConfig(expert=2, capacity_factor=0.1))
+    *steps, evaluation = read_jsonl(tmp_path / 'run' / 'metrics.jsonl')
+    shown = re.findall(r'step (\d+): (\d+) choices of experts \(.*%\) found no room', capsys.readouterr().err)
+    assert [(line['step'], line['dropped_choices']) for line in steps] == [(int(a), int(b)) for a, b in shown]
+    assert len(shown) == 2
+    assert evaluation['dropped_choices'] > 0
 
 
 @pytest.mark.parametrize(
