@@ -53,10 +53,7 @@ class Exchange:
         """Float8 rows and their scales, as they are; slots without a row are zeros."""
         for hop, axis in zip(self.hops, self.axes, strict=True):
             rows = permute(x, hop.source_S)
-            # Bits, because not every collective library moves float8.
-            bits = _swap(lax.bitcast_convert_type(rows.values, jnp.uint8), axis)
-            scales = lax.all_to_all(rows.scales, axis, 1, 1, tiled=True)
-            x = Quantized(lax.bitcast_convert_type(bits, rows.values.dtype), scales)
+            x = Quantized(_swap(rows.values, axis), _swap(rows.scales, axis, dimension=1))
         return x
 
     def send(self, x: Float[Array, 'T D']) -> Float[Array, 'R D']:
@@ -68,9 +65,13 @@ class Exchange:
         return _bring(y, self)
 
 
-def _swap(rows: Num[Array, 'S ...'], axis: str) -> Num[Array, 'S ...']:
-    """Slots change places with those that the other devices have for this one."""
-    return lax.all_to_all(rows, axis, 0, 0, tiled=True)
+def _swap(x: Num[Array, '...'], axis: str, dimension: int = 0) -> Num[Array, '...']:
+    """Slots, along one dimension, change places with those that the other devices have for this one."""
+    if x.dtype.itemsize >= 4:
+        return lax.all_to_all(x, axis, dimension, dimension, tiled=True)
+    # As bits: narrow floats are widened for the way by XLA on CPUs, and float8 is unknown to some libraries.
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
+    return lax.bitcast_convert_type(lax.all_to_all(bits, axis, dimension, dimension, tiled=True), x.dtype)
 
 
 def _take(x: Num[Array, 'T ...'], hop: Hop, axis: str, fill: int = 0) -> Num[Array, 'S ...']:

@@ -10,6 +10,7 @@ from configs import loader
 from train import run
 from train.compilation import keep_programs
 from train.errors import TrainingError
+from train.preflight import find_compiler
 from train.stop import StopSignals
 
 
@@ -45,11 +46,22 @@ def main() -> int:
         metavar='N',
         help='take N steps by the clock and trace N more, show where their time goes, and stop there',
     )
+    parser.add_argument(
+        '--preflight',
+        action='store_true',
+        help='compile the step for --gpus H100s, which need not be there, show what it needs, and train nothing',
+    )
+    parser.add_argument('--gpus', type=int, metavar='N', help='of --preflight')
     options = parser.parse_args()
+    if options.preflight != (options.gpus is not None):
+        parser.error('--preflight needs --gpus N, and --gpus is for --preflight')
     began = time.monotonic()
     stop = StopSignals()
-    keep_programs()
     try:
+        if options.preflight:
+            find_compiler()
+        else:
+            keep_programs()
         loader.parse(options.config, options.set)
         result = loader.call(
             run.train,
@@ -57,6 +69,7 @@ def main() -> int:
             config_text=loader.operative_config,
             print_only=options.print,
             profile=options.profile,
+            preflight=options.gpus,
             stop=stop,
         )
     except (ValueError, TypeError, OSError) as error:

@@ -14,7 +14,7 @@ device's loss is its share of the batch's, so all that is exchanged beside is ad
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,12 +69,13 @@ class MeshConfig:
         """Devices in all; every batch and microbatch is cut into as many parts."""
         return self.data * self.fsdp * self.expert
 
-    def make(self) -> Layout | None:
+    def make(self, devices: Sequence[Any] | None = None) -> Layout | None:
         """The layout on the first devices; None of one device, which cuts nothing. Raises `ValueError` if there are not as many."""
-        if self.size > (present := jax.device_count()):
+        devices = jax.devices() if devices is None else devices
+        if self.size > len(devices):
             raise ValueError(
                 f'MeshConfig: data={self.data} x fsdp={self.fsdp} x expert={self.expert} are {self.size} devices, '
-                f'there are {present}'
+                f'there are {len(devices)}'
             )
         if self.size == 1:
             return None
@@ -83,7 +84,7 @@ class MeshConfig:
             fsdp=self.fsdp,
             node=self.expert_nodes,
             expert=self.expert // self.expert_nodes,
-            devices=jax.devices()[: self.size],
+            devices=devices[: self.size],
         )
         hops = tuple(axis for axis in sharding.EXPERT_AXES if mesh.shape[axis] > 1)
         return Layout(mesh, ExpertParallel(hops, self.capacity_factor) if hops else None)

@@ -16,7 +16,7 @@ from deepseek_jax import checkpoint as run_files
 from deepseek_jax import flops
 from deepseek_jax.config import check_values
 from train import data as data_lib
-from train import parallel, schedule
+from train import memory, parallel, schedule
 from train.checkpoint import CheckpointConfig, Checkpoints, Progress
 from train.data import DataConfig
 from train.ema import Average, MovingAverage, no_average
@@ -26,6 +26,7 @@ from train.loss import ObjectiveConfig
 from train.optimizer import OptimizerConfig
 from train.parallel import Layout, MeshConfig
 from train.prefetch import prefetch
+from train.preflight import preflight as compile_step
 from train.profile import Profiler
 from train.step import State, init_state
 from train.stop import StopSignals
@@ -59,6 +60,7 @@ def train(
     run_dir: str | None = None,
     config_text: Callable[[], str] | None = None,
     print_only: bool = False,
+    preflight: int | None = None,
     profile: int | None = None,
     stop: StopSignals | None = None,
 ) -> Result | None:
@@ -90,6 +92,7 @@ def train(
       run_dir: where everything is written; made if it does not exist.
       config_text: gives the configuration as text, to be kept in the run directory.
       print_only: print the counts of the model and the run and return None.
+      preflight: compile a step for so many H100s, print the counts and what it needs, and return None.
       profile: take so many steps by the clock and trace as many, print where their time goes, save nothing but that, and
         return None.
       stop: signals that end this start of the run after the step that they come in, with a checkpoint.
@@ -104,6 +107,17 @@ def train(
     tokens = schedule.total_tokens(total_steps, batch_size, sequence_length, batch_ramp)
     if print_only:
         print(_describe(model, sequence_length, tokens))
+        return None
+    if preflight is not None:
+        print(_describe(model, sequence_length, tokens), flush=True)
+        found = compile_step(
+            model, optimizer, objective, guard, mesh, preflight, batch_size, sequence_length, microbatch_size
+        )
+        print(found)
+        if not found.fits:
+            raise memory.OutOfMemoryError(
+                f'a step needs {found.needed_bytes / 1e9:.1f} GB a device, which an H100 lacks'
+            )
         return None
     if run_dir is None:
         raise ValueError('run_dir=None: name the directory that the run is written to')

@@ -25,7 +25,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 HERE = Path(__file__).parent
-TARGET = HERE / 'h100.txtpb'
+TARGET = HERE.parents[1] / 'train' / 'h100.txtpb'
 COMPILER = HERE / 'hopper_compile.py'
 SHARED_BYTES = 232_448  # what one block may use
 DEVICE = jax.sharding.AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', platform='gpu', num_cores=132)
@@ -140,11 +140,11 @@ def compile_for_h100(fn: Callable, *args) -> Report:
         if status := compile_in(TOOLS, dump):
             errors = (dump / 'errors').read_text(errors='replace')
             raise RuntimeError(f'compiling for the H100 failed ({status}):\n{errors[-4000:]}')
-        kernels = {}
-        for ptxas in sorted(dump.glob('*.ptxas'), key=lambda path: int(path.stem.rpartition('_')[2])):
-            name, _, _ = ptxas.stem.rpartition('_')
-            same = sum(known.partition('#')[0] == name for known in kernels)
-            kernels[f'{name}#{same + 1}' if same else name] = read_dump(ptxas)
+        dumps = (dump / 'dumps').read_text()
+    kernels = {}
+    for name, kernel in read_dumps(dumps):
+        same = sum(known.partition('#')[0] == name for known in kernels)
+        kernels[f'{name}#{same + 1}' if same else name] = kernel
     return Report(kernels)
 
 
@@ -223,41 +223,41 @@ def compiler_environment(tools: Tools) -> dict[str, str]:
     }
 
 
-def read_dump(ptxas: Path) -> KernelReport:
-    """Report of the kernel that left the dump `NAME.ptxas` and, beside it, `NAME.sass_ctrl` and `NAME.mlir-passes.log`."""
-    text = ptxas.read_text()
+def read_dumps(dumps: str) -> Iterator[tuple[str, KernelReport]]:
+    """Name and report of each kernel: what ptxas said of it, its machine code and the program that launches it."""
+    kernel = r'(ptxas .*?)^\s*\.target\b(.*?)^; ModuleID = (.*?)(?=^ptxas |\Z)'
+    kernels = re.findall(kernel, dumps, re.DOTALL | re.MULTILINE)
+    assert len(kernels) == dumps.count('Compiling entry function')
+    for ptxas, code, host in kernels:
+        (name,) = re.findall(r"Compiling entry function '(\w+)_mosaic_gpu_kernel'", ptxas)
+        yield name, read_dump(ptxas, code, host)
 
+
+def read_dump(ptxas: str, code: str, host: str) -> KernelReport:
     def numbers(pattern: str) -> list[int]:
-        return [int(number) for number in re.findall(pattern, text)]
+        return [int(number) for number in re.findall(pattern, ptxas)]
 
     # Spills are counted once more in a warning.
     statistics = re.compile(
         r'bytes (gmem|stack frame)|Compiling entry function|Function properties|Used \d+ registers|Compile time|are spilled'
     )
-    remarks = [line.strip() for line in text.splitlines() if line.strip() and not statistics.search(line)]
+    remarks = [line.strip() for line in ptxas.splitlines() if line.strip() and not statistics.search(line)]
     serialized = tuple(line for line in remarks if 'gmma' in line.lower())
-    code = ptxas.with_suffix('.sass_ctrl').read_text()
     # Before an instruction may stand a predicate; its control codes come first of all.
     full = Counter(re.findall(r'/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)', code))
     short = Counter()
     for name, count in full.items():
         short[name.partition('.')[0]] += count
+    # The launch names the kernel, blocks of the grid, of a cluster, threads, three numbers each, and dynamic shared memory.
+    (dynamic,) = re.findall(r'call i32 @mosaic_gpu_launch_kernel\(ptr [^,]+(?:, i32 \d+){9}, i32 (\d+)', host)
     return KernelReport(
         registers=max(numbers(r'Used (\d+) registers')),
         spill_stores=sum(numbers(r'stack frame, (\d+) bytes spill stores')),
         spill_loads=sum(numbers(r'stack frame, \d+ bytes spill stores, (\d+) bytes spill loads')),
         stack_bytes=sum(numbers(r'(\d+) bytes stack frame')),
-        shared_bytes=dynamic_shared_bytes(ptxas.with_suffix('.mlir-passes.log').read_text())
-        + sum(numbers(r'(\d+) bytes smem')),
+        shared_bytes=int(dynamic) + sum(numbers(r'(\d+) bytes smem')),
         serialized_warnings=serialized,
         warnings=tuple(line for line in remarks if line not in serialized),
         instructions=short,
         instructions_in_full=full,
     )
-
-
-def dynamic_shared_bytes(passes: str) -> int:
-    """Shared memory that a kernel is launched with, from the log of Mosaic GPU's passes: its last `gpu.launch_func`."""
-    launch = list(re.finditer(r'gpu\.launch_func .* dynamic_shared_memory_size (%[\w]+)', passes))[-1]
-    constant = rf'{launch[1]} = (?:llvm\.mlir\.constant\(|arith\.constant )(\d+)\b'
-    return int(re.findall(constant, passes[: launch.start()])[-1])

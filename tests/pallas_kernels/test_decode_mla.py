@@ -36,12 +36,12 @@ def inputs(lengths, T=1, H=16, L=512, R=64, G=64, fp8=False, dtype=jnp.bfloat16,
         for i in range(pages):
             real[table[b, i], : length - i * G] = True
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
-    latent, scales = draw(P, G, L), None
+    latent, scales = draw(P * G, L), None
     if fp8:
-        values, scales = quantize_latents(latent.reshape(-1, L))
-        latent, scales = values.reshape(P, G, L), jnp.where(real[..., None], scales.reshape(P, G, -1), jnp.nan)
-    hide = lambda x: jnp.where(real[..., None], x.astype(jnp.float32), jnp.nan).astype(x.dtype)  # noqa: E731
-    pages = LatentPages(hide(latent), hide(draw(P, G, R)), scales)
+        latent, scales = jax.jit(quantize_latents)(latent)
+    real = real.reshape(-1, 1)
+    hide = lambda x: jnp.asarray(np.where(real, x, x.dtype.type(np.nan)).reshape(P, G, -1))  # noqa: E731
+    pages = LatentPages(hide(latent), hide(draw(P * G, R)), None if scales is None else hide(scales))
     as_int = functools.partial(jnp.asarray, dtype=jnp.int32)
     return draw(B, T, H, L), draw(B, T, H, R), pages, as_int(table), as_int(lengths)
 
@@ -85,23 +85,24 @@ def assert_near(got, wanted, fp8):
 )
 def test_reference_is_the_formula(T, fp8, dtype):
     x = inputs(RAGGED, T, H=3, L=160, R=12, fp8=fp8, dtype=dtype)
-    got = decode_mla(*x, scale=SCALE, implementation='reference')
+    got = jax.jit(functools.partial(decode_mla, scale=SCALE, implementation='reference'))(*x)
     assert got[0].dtype == dtype
     assert_near(got, expected(*x), fp8)
 
 
 def test_other_page_sizes_and_longer_queries():
     x = inputs((0, 5, 16, 17, 40), T=6, H=2, L=24, R=4, G=16, dtype=jnp.float32)
-    assert_near(decode_mla(*x, scale=SCALE), expected(*x), False)
+    assert_near(jax.jit(functools.partial(decode_mla, scale=SCALE))(*x), expected(*x), False)
 
 
 def test_what_no_query_sees_does_not_count():
     """Zeros in place of the NaN past the lengths, and another table past them, change no bit."""
     q, q_rope, pages, table, lengths = inputs(RAGGED, T=2, H=2, L=24, R=4)
-    first = decode_mla(q, q_rope, pages, table, lengths, scale=SCALE)
+    attend = jax.jit(functools.partial(decode_mla, scale=SCALE))
+    first = attend(q, q_rope, pages, table, lengths)
     clean = LatentPages(*(None if x is None else jnp.nan_to_num(x) for x in pages))
-    table = jnp.where(jnp.arange(table.shape[1]) * 64 < lengths[:, None], table, 0)
-    for got, wanted in zip(decode_mla(q, q_rope, clean, table, lengths, scale=SCALE), first, strict=True):
+    table = np.where(np.arange(table.shape[1]) * 64 < np.asarray(lengths)[:, None], table, 0)
+    for got, wanted in zip(attend(q, q_rope, clean, table, lengths), first, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
 
@@ -109,11 +110,11 @@ def test_what_no_query_sees_does_not_count():
     ('lengths', 'blocks'), [(RAGGED, 1), (RAGGED, 3), (RAGGED, 40), ((0, 0), 4), ((64 * 50,), 7), ((1,) * 9, 4)]
 )
 def test_every_page_is_in_one_share(lengths, blocks):
-    plan = schedule(jnp.asarray(lengths, jnp.int32), 60, blocks)
-    starts, seen = plan.starts.tolist(), []
+    plan = jax.jit(schedule, static_argnums=(1, 2))(jnp.asarray(lengths, jnp.int32), 60, blocks)
+    starts, first_X, stop_X, seen = plan.starts.tolist(), plan.first_X.tolist(), plan.stop_X.tolist(), []
     size = int(share(plan.starts[-1], blocks))
     for block in range(blocks):
-        for b in range(int(plan.first_X[block]), int(plan.stop_X[block])):
+        for b in range(first_X[block], stop_X[block]):
             start = starts[b] + OVERHEAD
             first, stop = (min(max(edge, start), starts[b + 1]) for edge in (block * size, (block + 1) * size))
             seen += [(b, page - start) for page in range(first, stop)]
@@ -179,7 +180,7 @@ def test_what_the_kernel_does_not_serve_is_refused_by_name(options, message):
         with pytest.raises(NotImplementedError, match=message):
             decode_mla(*x, scale=SCALE, implementation='pallas')
         with pytest.warns(UserWarning, match=message):
-            decode_mla(*x, scale=SCALE)
+            jax.eval_shape(functools.partial(decode_mla, scale=SCALE), *x)
 
 
 # Lengths, queries, heads, float8, multiprocessors, blocks of a cluster.

@@ -65,6 +65,11 @@ def results(function, x, d_out, d_lse):
     return out, lse, *pull((d_out.astype(out.dtype), d_lse.astype(lse.dtype)))
 
 
+@jax.jit
+def formula(x, visible_BTS, d_out, d_lse):
+    return results(lambda *x: plain(*x, visible_BTS), x, d_out, d_lse)
+
+
 def cotangents(T):
     rng = np.random.default_rng(1)
     return rng.standard_normal((B, T, H, U)), rng.standard_normal((B, H, T))
@@ -81,9 +86,8 @@ def test_results_and_gradients_are_those_of_the_formula(name, dtype, tolerance):
         x, d_out, jnp.asarray(d_lse, jnp.float32)
     )
     with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(array, np.float64)) for array in (*x, d_out)]
-        wanted = results(lambda *x: plain(*x, visible), wide[:5], wide[5], jnp.asarray(d_lse))
-        wanted = [np.asarray(array) for array in wanted]
+        wide = [np.asarray(array, np.float64) for array in (*x, d_out)]
+        wanted = [np.asarray(array) for array in formula(wide[:5], visible, wide[5], d_lse)]
     for label, got, expected in zip(('out', 'lse', *NAMES), ours, wanted, strict=True):
         assert got.dtype == (jnp.float32 if label == 'lse' else dtype)
         error = np.max(np.abs(np.asarray(got, np.float64) - expected)) / np.max(np.abs(expected))
@@ -92,12 +96,13 @@ def test_results_and_gradients_are_those_of_the_formula(name, dtype, tolerance):
 
 def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
     x = inputs(20, 20)
-    positions_BT = jnp.broadcast_to(jnp.arange(20), (B, 20)).at[:, 5].set(-1)
-    (out, lse), pull = jax.vjp(lambda *x: flash_mla(*x, scale=SCALE, positions_BT=positions_BT), *x)
+    positions_BT = jnp.asarray(np.tile(np.where(np.arange(20) == 5, -1, np.arange(20)), (B, 1)))
+    attend = functools.partial(flash_mla, scale=SCALE, positions_BT=positions_BT)
+    d_out, d_lse = np.ones((B, 20, H, U), np.float32), np.zeros((B, H, 20), np.float32)
+    out, lse, *gradients = map(np.asarray, jax.jit(functools.partial(results, attend))(x, d_out, d_lse))
     assert not np.any(out[:, 5])
     assert np.all(np.isneginf(lse[:, :, 5]))
     assert np.all(np.isfinite(np.delete(lse, 5, axis=2)))
-    gradients = pull((jnp.ones_like(out), jnp.zeros_like(lse)))
     assert all(np.all(np.isfinite(d)) for d in gradients)
     assert not np.any(gradients[0][:, 5])
 
@@ -114,13 +119,15 @@ def test_what_a_query_does_not_see_does_not_count():
     x = inputs(T, S)
     row = 30
     hidden = ~visible[0, row]
-    out, lse = flash_mla(*x, scale=SCALE, **options)
-    q, q_rope, k, k_rope, v = x
-    loud = (q, q_rope, k.at[0, hidden].set(1e3), k_rope.at[0, hidden].set(1e3), v.at[0, hidden].set(1e30))
-    other, other_lse = flash_mla(*loud, scale=SCALE, **options)
+    attend = jax.jit(functools.partial(flash_mla, scale=SCALE, **options))
+    out, lse = map(np.asarray, attend(*x))
+    loud = [np.array(array) for array in x]
+    for array, value in zip(loud[2:], (1e3, 1e3, 1e30), strict=True):
+        array[0, hidden] = value
+    other, other_lse = map(np.asarray, attend(*loud))
     np.testing.assert_array_equal(out[0, row], other[0, row])
     np.testing.assert_array_equal(lse[0, :, row], other_lse[0, :, row])
-    assert np.any(np.asarray(out[0]) != np.asarray(other[0]))
+    assert np.any(out[0] != other[0])
 
 
 def test_only_output_and_log_sum_exp_are_kept_beside_the_inputs():
@@ -139,13 +146,13 @@ def wide_inputs(T):
 
 def test_twelve_bits_of_the_output_are_kept_in_its_place():
     x = wide_inputs(50)
-    (out, _, packed), pull = jax.vjp(lambda *x: flash_mla_e5m6(*x, scale=SCALE), *x)
+    (out, _, packed), pull = jax.jit(lambda *x: jax.vjp(functools.partial(flash_mla_e5m6, scale=SCALE), *x))(*x)
     floats = sorted(leaf.shape for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32)
     assert floats == sorted([*(array.shape for array in x), (B, H, 50), packed.scales_kQ.shape])
-    np.testing.assert_allclose(dequantize_e5m6(packed).reshape(out.shape), out, rtol=2**-7, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(dequantize_e5m6(packed)).reshape(out.shape), out, rtol=2**-7, atol=1e-6)
     d_out = jnp.asarray(np.random.default_rng(1).standard_normal(out.shape), jnp.float32)
     both = [
-        jax.grad(lambda *x, function=function: jnp.vdot(function(*x, scale=SCALE)[0], d_out), range(5))(*x)
+        jax.jit(jax.grad(lambda *x, function=function: jnp.vdot(function(*x, scale=SCALE)[0], d_out), range(5)))(*x)
         for function in (flash_mla_e5m6, flash_mla)
     ]
     for ours, exact in zip(*both, strict=True):
@@ -199,16 +206,21 @@ def test_ranges_of_blocks_hold_all_that_is_seen(kind):
     """Outside of a range nobody sees anything; where nothing is masked, everybody sees everything."""
     T, S = 300, 420 if kind == 'prefix' else 300
     seen = sights(kind, T, S) or sight.causal(B, T)
+    first_BT, last_BT = map(np.asarray, seen)
     keys_S = np.arange(S)
-    visible = np.asarray((seen.first_BT[..., None] <= keys_S) & (keys_S <= seen.last_BT[..., None]))
+    visible = (first_BT[..., None] <= keys_S) & (keys_S <= last_BT[..., None])
     rows, keys = 64, 32
+    of_keys, of_queries = (
+        np.asarray(jax.jit(ranges, static_argnums=(1, 2, 3))(seen, rows, keys, S))
+        for ranges in (sight.key_ranges, sight.query_ranges)
+    )
     for ranges, cut in (
-        (sight.key_ranges(seen, rows, keys, S), lambda b, i, j: visible[b, i * rows :][:rows, j * keys :][:, :keys]),
-        (sight.query_ranges(seen, rows, keys, S), lambda b, j, i: visible[b, i * rows :][:rows, j * keys :][:, :keys]),
+        (of_keys, lambda b, i, j: visible[b, i * rows :][:rows, j * keys :][:, :keys]),
+        (of_queries, lambda b, j, i: visible[b, i * rows :][:rows, j * keys :][:, :keys]),
     ):
         skipped = full = 0
         for b, one, other in np.ndindex(B, ranges.shape[1], -(-S // keys)):
-            begin, full_begin, full_end, end = np.asarray(ranges[b, one])
+            begin, full_begin, full_end, end = ranges[b, one]
             assert begin <= full_begin <= full_end <= end
             block = cut(b, one, other)
             if not begin <= other < end:

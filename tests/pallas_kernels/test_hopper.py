@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import core
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_fp8.api import linear_fp8
-from tests.pallas_kernels.hopper import DEVICE, compile_for_h100, needs_hopper_tools, read_dump
+from tests.pallas_kernels.hopper import DEVICE, compile_for_h100, needs_hopper_tools, read_dumps
 
 SIZE = 128
 ARGUMENT = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.bfloat16)
@@ -110,34 +110,38 @@ def test_the_plugin_is_pinned_to_the_version_of_jax():
     assert pins == [jax_pin] * 2
 
 
-def test_a_dump_is_read(tmp_path):
-    (tmp_path / 'gemm_3.ptxas').write_text(
-        'ptxas info    : 0 bytes gmem\n'
-        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in 'gemm'\n"
-        "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum requirement\n"
-        "ptxas info    : Compiling entry function 'gemm' for 'sm_90a'\n"
-        'ptxas info    : Function properties for gemm\n'
-        '    24 bytes stack frame, 32 bytes spill stores, 28 bytes spill loads\n'
-        'ptxas info    : Used 168 registers, used 16 barriers, 24 bytes stack, 8 bytes smem\n'
-        "ptxas warning : Registers are spilled to local memory in function 'gemm', 32 bytes spill stores\n"
-        'ptxas info    : Compile time = 96.244 ms\n'
-    )
-    (tmp_path / 'gemm_3.sass_ctrl').write_text(
-        '   -:-:-:Y:02        /*0760*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR16], RZ, !UPT\n'
-        '   -:-:-:-:12        /*0770*/             @!UP0 STL.64 [R1], R2 \n'
-        '   -:-:-:-:12        /*0780*/              @!PT LDL R88, [R1] \n'
-    )
-    (tmp_path / 'gemm_3.mlir-passes.log').write_text(
-        '%1 = llvm.mlir.constant(7 : i32) : i32\n gpu.launch_func @gemm dynamic_shared_memory_size %1 args\n'
-        '%11 = llvm.mlir.constant(9 : i32) : i32\n%1 = llvm.mlir.constant(240000 : i32) : i32\n'
-        ' gpu.launch_func @gemm blocks in (%11) : i64 dynamic_shared_memory_size %1 args\n%1 = arith.constant 5 : i32\n'
-    )
-    kernel = read_dump(tmp_path / 'gemm_3.ptxas')
+DUMPS = """ptxas info    : 0 bytes gmem
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in 'gemm'
+ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum requirement
+ptxas info    : Compiling entry function 'gemm_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for gemm_mosaic_gpu_kernel
+    24 bytes stack frame, 32 bytes spill stores, 28 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 24 bytes stack, 8 bytes smem
+ptxas warning : Registers are spilled to local memory in function 'gemm_mosaic_gpu_kernel', 32 bytes spill stores
+ptxas info    : Compile time = 96.244 ms
+
+	.target	sm_90a
+gemm_mosaic_gpu_kernel:
+   -:-:-:Y:02        /*0760*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR16], RZ, !UPT
+   -:-:-:-:12        /*0770*/             @!UP0 STL.64 [R1], R2
+   -:-:-:-:12        /*0780*/              @!PT LDL R88, [R1]
+; ModuleID = 'LLVMDialectModule'
+declare i32 @mosaic_gpu_launch_kernel(ptr, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, ptr, ptr)
+  %7 = call i32 @mosaic_gpu_launch_kernel(ptr %0, i32 1, i32 132, i32 2, i32 3, i32 4, i32 5, i32 384, i32 6, i32 7, i32 240000, i32 0, ptr %1, ptr %439)
+!0 = !{i32 2, !"Debug Info Version", i32 3}
+"""
+
+
+def test_dumps_are_read():
+    other = re.sub(r'.*(C75|QGMMA).*\n', '', DUMPS).replace("'gemm", "'add").replace('240000', '0')
+    (name, kernel), (second, added) = read_dumps(DUMPS + other)
+    assert (name, second) == ('gemm', 'add')
     assert (kernel.registers, kernel.spill_stores, kernel.spill_loads, kernel.stack_bytes) == (168, 32, 28, 24)
-    assert kernel.shared_bytes == 240_008
+    assert (kernel.shared_bytes, added.shared_bytes) == (240_008, 8)
     assert [len(kernel.serialized_warnings), len(kernel.warnings)] == [1, 1]
     assert kernel.instructions == {'QGMMA': 1, 'STL': 1, 'LDL': 1}
-    assert len(kernel.problems()) == 5
+    assert added.instructions == {'STL': 1, 'LDL': 1}
+    assert (len(kernel.problems()), len(added.problems())) == (5, 2)
 
 
 def test_calls_of_the_same_shapes_share_one_kernel_of_a_program():

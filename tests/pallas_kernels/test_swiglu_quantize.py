@@ -117,17 +117,22 @@ def float32_hidden(gate_up, weight):
     return jax.nn.silu(gate) * up * (1 if weight is None else weight[:, None])
 
 
+def float32_gradients(gate_up, weight, d_hidden):
+    return jax.vjp(float32_hidden, gate_up, weight)[1](d_hidden)
+
+
 @pytest.mark.parametrize('weighted', [False, True])
 @pytest.mark.parametrize('kind', KINDS)
 def test_forward_quantises_the_hidden_values_rounded_to_bfloat16(kind, weighted):
     gate_up, weight = inputs('forward', kind, 130, 192, weighted)
     hidden = jax.jit(float32_hidden)(gate_up, weight)
     rounded = hidden.astype(BF16)
-    expected = quantize_rows(rounded, False), quantize_columns(rounded, False)
+    both = [compiled(quantize, power_of_two=False) for quantize in (quantize_rows, quantize_columns)]
+    expected = tuple(quantize(rounded) for quantize in both)
     assert_near(jitted('forward', api, gate_up, weight), expected)
     if kind == 'random':
         with pytest.raises(AssertionError):
-            assert_near((quantize_rows(hidden, False), quantize_columns(hidden, False)), expected)
+            assert_near(tuple(quantize(hidden) for quantize in both), expected)
 
 
 @pytest.mark.parametrize('operation', ['backward', 'backward_bf16'])
@@ -137,11 +142,10 @@ def test_backward_quantises_the_gradient_of_the_hidden_values(operation, kind, w
     gate_up, d_hidden, weight = inputs(operation, kind, 130, 192, weighted)
     rows, columns, d_weight = jitted(operation, api, gate_up, d_hidden, weight)
     dense = dequantize_rows(gate_up) if isinstance(gate_up, Quantized) else gate_up.astype(F32)
-    _, pull = jax.vjp(float32_hidden, dense, weight)
-    d_gate_up, expected_d_weight = pull(d_hidden.astype(F32))
+    d_gate_up, expected_d_weight = compiled(float32_gradients)(dense, weight, d_hidden.astype(F32))
     d_gate_up = d_gate_up.astype(BF16)
-    both = tuple(quantize_columns(half, False) for half in jnp.split(d_gate_up, 2, axis=1))
-    expected = quantize_rows(d_gate_up, False), both, expected_d_weight
+    both = tuple(compiled(quantize_columns, power_of_two=False)(half) for half in jnp.split(d_gate_up, 2, axis=1))
+    expected = compiled(quantize_rows, power_of_two=False)(d_gate_up), both, expected_d_weight
     assert_near((rows, columns, d_weight), expected, rtol=1e-4)
     assert (d_weight is None) == (not weighted)
 
