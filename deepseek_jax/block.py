@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deepseek_jax import mla, moe, names, ops, router
+from deepseek_jax import gather, mla, moe, names, ops, router
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.norm import rms_norm
-from deepseek_jax.sharding import ExpertParallel
+from deepseek_jax.sharding import Parallel
 
 NORM_NAMES = ('attention_norm_D', 'ffn_norm_D')
 
@@ -24,7 +24,7 @@ def block(
     cache: Cache | None,
     config: ModelConfig,
     absorbed: bool = False,
-    parallel: ExpertParallel | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[Float[Array, 'B T D'], Cache | None, moe.Balance | None]:
     """The block's output, its layer of the cache, and the use of its experts (None for a dense block)."""
     normed_BTD = rms_norm(x_BTD, params['attention_norm_D'], config.norm_eps)
@@ -34,7 +34,9 @@ def block(
     if 'moe' not in params:
         return x_BTD + moe.swiglu(params['ffn'], normed_BTD, config.precision), cache, None
     assert config.moe is not None
-    ffn_BTD, balance = moe.moe(params['moe'], normed_BTD, config.moe, config.precision, parallel)
+    ffn_BTD, balance = moe.moe(
+        params['moe'], normed_BTD, config.moe, config.precision, parallel.experts if parallel else None
+    )
     return x_BTD + ffn_BTD, cache, balance
 
 
@@ -57,10 +59,13 @@ def dims(config: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def declare(module: nn.Module, config: ModelConfig, names_: tuple[str, ...], **sizes: int) -> dict[str, Any]:
+def declare(
+    module: nn.Module, config: ModelConfig, names_: tuple[str, ...], parallel: Parallel | None = None, **sizes: int
+) -> dict[str, Any]:
     """Declares parameters of `module` from their names: shape off the letters, initial value off the noun.
 
-    Norm scales start at one, biases at zero, weights are normal with `init_std`. `sizes` replaces dimensions.
+    Norm scales start at one, biases at zero, weights are normal with `init_std`. `sizes` replaces dimensions. What `parallel`
+    says is cut is returned whole.
     """
     declared = {}
     for name in names_:
@@ -71,7 +76,11 @@ def declare(module: nn.Module, config: ModelConfig, names_: tuple[str, ...], **s
         else:
             initializer = nn.initializers.normal(config.init_std)
         shape = names.shape(name, dims(config) | sizes)
-        declared[name] = module.param(name, initializer, shape, jnp.float32)
+        if parallel is None or not parallel.gather:
+            declared[name] = module.param(name, initializer, shape, jnp.float32)
+        else:
+            part = module.param(name, initializer, gather.local_shape(name, shape), jnp.float32)
+            declared[name] = gather.whole(name, part)
     return declared
 
 
@@ -80,36 +89,47 @@ class Part(nn.Module):
 
     config: ModelConfig
     parameter_names: tuple[str, ...]
+    parallel: Parallel | None = None
     sizes: tuple[tuple[str, int], ...] = ()
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        params = {}
-        if self.has_variable('params', ops.QUANTIZED):
-            params[ops.QUANTIZED] = self.get_variable('params', ops.QUANTIZED)
-            if not self.has_variable('params', self.parameter_names[0]):
-                return params
-        return params | declare(self, self.config, self.parameter_names, **dict(self.sizes))
+        sizes = dict(self.sizes)
+        if not self.has_variable('params', ops.QUANTIZED):
+            return declare(self, self.config, self.parameter_names, self.parallel, **sizes)
+        params = {ops.QUANTIZED: self.get_variable('params', ops.QUANTIZED)}
+        if not self.has_variable('params', self.parameter_names[0]):
+            return params
+        if self.parallel is None or not self.parallel.gather:
+            return params | declare(self, self.config, self.parameter_names, None, **sizes)
+        masters = {name: self.get_variable('params', name) for name in self.parameter_names}
+        return {
+            ops.QUANTIZED: gather.whole_experts(params[ops.QUANTIZED]),
+            **{name: gather.stand_in(name, master) for name, master in masters.items()},
+        }
 
 
 class Experts(nn.Module):
     """Names the parameters of a DeepSeekMoE layer and returns them; of the experts those of this device."""
 
     config: ModelConfig
-    parallel: ExpertParallel | None = None
+    parallel: Parallel | None = None
 
     @nn.compact
     def __call__(self) -> dict[str, dict[str, Any]]:
         config = self.config.moe
         assert config is not None
-        here = config.num_experts // (1 if self.parallel is None else self.parallel.devices)
+        experts = None if self.parallel is None else self.parallel.experts
+        here = config.num_experts // (1 if experts is None else experts.devices)
         params = {
-            'router': Part(self.config, router.PARAMETER_NAMES, name='router')(),
-            'experts': Part(self.config, moe.EXPERT_NAMES, (('F', config.ffn_dim), ('E', here)), name='experts')(),
+            'router': Part(self.config, router.PARAMETER_NAMES, self.parallel, name='router')(),
+            'experts': Part(
+                self.config, moe.EXPERT_NAMES, self.parallel, (('F', config.ffn_dim), ('E', here)), name='experts'
+            )(),
         }
         if config.num_shared_experts:
             sizes = (('F', config.num_shared_experts * config.ffn_dim),)
-            params['shared'] = Part(self.config, moe.FFN_NAMES, sizes, name='shared')()
+            params['shared'] = Part(self.config, moe.FFN_NAMES, self.parallel, sizes, name='shared')()
         return params
 
 
@@ -119,19 +139,19 @@ class Block(nn.Module):
     config: ModelConfig
     use_moe: bool
     absorbed: bool = False
-    parallel: ExpertParallel | None = None
+    parallel: Parallel | None = None
 
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, attend: mla.Attend, cache: Cache | None
     ) -> tuple[jax.Array, tuple[Cache | None, moe.Balance | None]]:
         config = self.config
-        params: dict[str, Any] = declare(self, config, NORM_NAMES)
-        params['attention'] = Part(config, mla.parameter_names(config.mla), name='attention')()
+        params: dict[str, Any] = declare(self, config, NORM_NAMES, self.parallel)
+        params['attention'] = Part(config, mla.parameter_names(config.mla), self.parallel, name='attention')()
         if self.use_moe:
             params['moe'] = Experts(config, self.parallel, name='moe')()
         else:
-            params['ffn'] = Part(config, moe.FFN_NAMES, name='ffn')()
+            params['ffn'] = Part(config, moe.FFN_NAMES, self.parallel, name='ffn')()
         x_BTD, cache, balance = block(params, x_BTD, attend, cache, config, self.absorbed, self.parallel)
         return x_BTD, (cache, balance)
 

@@ -17,7 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.mtp import MTPModule
 from deepseek_jax.norm import rms_norm
 from deepseek_jax.precision import compute_dtype
-from deepseek_jax.sharding import ExpertParallel
+from deepseek_jax.sharding import Parallel
 
 Params = Mapping[str, Any]
 
@@ -62,7 +62,7 @@ class DeepSeekV3(nn.Module):
 
     config: ModelConfig
     absorbed: bool = False
-    parallel: ExpertParallel | None = None
+    parallel: Parallel | None = None
 
     @nn.compact
     def __call__(
@@ -148,7 +148,7 @@ def states(
     config: ModelConfig,
     segments_BT: Int[Array, 'B T'] | None = None,
     ahead_LBT: Int[Array, 'L B T'] | None = None,
-    parallel: ExpertParallel | None = None,
+    parallel: Parallel | None = None,
 ) -> States:
     """The model without its head, for training.
 
@@ -158,7 +158,7 @@ def states(
       config: the model.
       segments_BT: document of each token; tokens attend within their document. None: one document a row.
       ahead_LBT: for each MTP depth k, the token k places after each position; None leaves the modules out.
-      parallel: experts lie on many devices, this is mapped over them, and `params` has those of this one.
+      parallel: this is mapped over devices, and `params` has what of them is this one's.
     """
     attend = causal_attend(tokens_BT, segments_BT, config)
     module = DeepSeekV3(config, parallel=parallel)

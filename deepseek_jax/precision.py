@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from deepseek_jax import names, ops, router
+from deepseek_jax import names, ops, router, sharding
 from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.ops import QTensor
+from deepseek_jax.sharding import Parallel
 
 __all__ = ['Float8Copies', 'QTensor', 'compute_dtype', 'compute_params', 'is_float8']
 
@@ -78,18 +79,28 @@ class Float8Copies(NamedTuple):
     experts: dict[tuple[str, ...], dict[str, Any]]
 
     @classmethod
-    def of(cls, params: Mapping[str, Any], config: ModelConfig) -> 'Float8Copies':
-        """Those of these masters: to be made once a step, whatever the number of microbatches. None under other recipes."""
+    def of(cls, params: Mapping[str, Any], config: ModelConfig, parallel: Parallel | None = None) -> 'Float8Copies':
+        """Those of these masters: to be made once a step, whatever the number of microbatches. None under other recipes.
+
+        Of masters that are cut where they are used, the parts are quantised, if they are whole blocks of 128: they are what blocks of
+        the whole would be.
+        """
         copies = cls({}, {})
         if config.precision.recipe != 'fp8':
             return copies
 
+        def whole_blocks(path: tuple[str, ...], leaf: Array) -> bool:
+            cut = sharding.param_spec(path, leaf.ndim)
+            gathered = parallel is not None and parallel.gather and 'fsdp' in cut
+            return not gathered or leaf.shape[cut.index('fsdp')] % ops.BLOCK == 0
+
         def add_experts(path: tuple[str, ...], experts: Any) -> dict[str, Any]:
-            copies.experts[path] = _quantize_experts(path, experts, config)
+            if whole_blocks((*path, 'w_up_EDF'), experts['w_up_EDF']):
+                copies.experts[path] = _quantize_experts(path, experts, config)
             return {}
 
         def add(path: tuple[str, ...], leaf: Array) -> None:
-            if is_float8(path, config.precision):
+            if is_float8(path, config.precision) and whole_blocks(path, leaf):
                 copies.tensors[path] = _quantize(path, leaf, config)
 
         names.map_with_names(add, _map_experts(add_experts, params))

@@ -66,6 +66,19 @@ class ExpertParallel:
         return bound if self.capacity_factor is None else min(bound, math.ceil(self.capacity_factor * even))
 
 
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """What a function that `jax.shard_map` maps over devices has to fetch from the others.
+
+    Attributes:
+      experts: how rows get to experts on other devices; None if every device has all.
+      gather: blocks find their parameters cut over `fsdp`, and make them whole where they use them; else they are whole.
+    """
+
+    experts: ExpertParallel | None = None
+    gather: bool = False
+
+
 def make_mesh(
     data: int = 1, fsdp: int = 1, expert: int = 1, node: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:

@@ -241,7 +241,7 @@ class Loop:
 
     def _dropped(self, count: int) -> dict[str, int]:
         """The metric of choices of experts that were not computed, where there can be some."""
-        experts = None if self.layout is None else self.layout.experts
+        experts = None if self.layout is None else self.layout.parallel.experts
         return {} if experts is None or experts.capacity_factor is None else {'dropped_choices': count}
 
     def _heldout(self, params: Any) -> evaluation.Heldout:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 import deepseek_jax as ds
 from deepseek_jax.config import check_types, require_positive
 from deepseek_jax.model import tokens_ahead
-from deepseek_jax.sharding import ExpertParallel
+from deepseek_jax.sharding import Parallel
 from train.cross_entropy import cross_entropy
 from train.schedule import Schedule
 
@@ -90,7 +90,7 @@ def objective(
     config: ObjectiveConfig,
     mtp_weight: Float[Array, ''] | float,
     whole: Totals | None = None,
-    parallel: ExpertParallel | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[Float[Array, ''], Losses]:
     """The loss to minimise, and its terms.
 
@@ -104,7 +104,7 @@ def objective(
       mtp_weight: lambda; the modules run whatever its value.
       whole: totals of the batch that this one is a part of: all that is returned, gradients too, is then the part's
         share. None: the batch is whole.
-      parallel: experts lie on many devices, and `params` has those of this one.
+      parallel: this is mapped over devices, and `params` has what of them is this one's.
     """
     whole = totals(batch, model) if whole is None else whole
     tokens, segments = batch['tokens'], batch['segments']

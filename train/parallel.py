@@ -8,21 +8,23 @@
                                               matrices and their own rows)
 
 Parameters are gathered once a step, whatever the number of microbatches: what optimizers keep, and masters, take a share of each
-device's memory (ZeRO-1 and 2), gathered parameters and a step's gradient all of theirs. Experts stay where they are, and rows of
+device's memory (ZeRO-1 and 2), gathered parameters and a step's gradient all of theirs. Or blocks gather theirs where they use
+them (ZeRO-3, `deepseek_jax.gather`), and gradients are added up and cut block by block: whole ones of one block exist at a
+time, and travel once for each microbatch and pass. Experts stay where they are, and rows of
 tokens travel to them (`deepseek_jax.sharding.ExpertParallel`), so their gradients are whole but for `data` and `fsdp`. Every
 device's loss is its share of the batch's, so all that is exchanged beside is added up.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from deepseek_jax import names, sharding
 from deepseek_jax.config import check_types, require_positive
-from deepseek_jax.sharding import ExpertParallel
+from deepseek_jax.sharding import ExpertParallel, Parallel
 
 
 class Layout(NamedTuple):
@@ -30,11 +32,11 @@ class Layout(NamedTuple):
 
     Attributes:
       mesh: with the axes of `deepseek_jax.sharding`.
-      experts: how rows get to experts on other devices; None if every device has all.
+      parallel: what a device fetches from the others while it computes.
     """
 
     mesh: Mesh
-    experts: ExpertParallel | None = None
+    parallel: Parallel = Parallel()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class MeshConfig:
       expert_nodes: nodes that these are on. More than one: rows travel to a node first, and there to its devices.
       capacity_factor: what a device has room for, as a multiple of what comes to it when all experts are used evenly; what
         exceeds it is not computed, and counted in the metrics. None makes room for everything.
+      zero: what of ZeRO there is: 1, parameters are gathered once a step; 3, those of each block where it uses them.
     """
 
     data: int = 1
@@ -55,6 +58,7 @@ class MeshConfig:
     expert: int = 1
     expert_nodes: int = 1
     capacity_factor: float | None = None
+    zero: Literal[1, 3] = 1
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -87,7 +91,8 @@ class MeshConfig:
             devices=devices[: self.size],
         )
         hops = tuple(axis for axis in sharding.EXPERT_AXES if mesh.shape[axis] > 1)
-        return Layout(mesh, ExpertParallel(hops, self.capacity_factor) if hops else None)
+        experts = ExpertParallel(hops, self.capacity_factor) if hops else None
+        return Layout(mesh, Parallel(experts, gather=self.zero == 3))
 
 
 def places(tree: Any, params: Any, layout: Layout | None) -> Any:
@@ -130,8 +135,9 @@ def over_devices(function: Callable, layout: Layout, params: Any, gradients: boo
     specs = jax.tree.map(lambda place: place.spec, sharding.param_shardings(params, layout.mesh))
 
     def local(params: Any, batch: Any, *others: Any) -> tuple[Any, Any]:
-        found, shares = function(jax.tree.map(_gathered, params, specs), batch, *others)
-        found = jax.tree.map(_summed, found, specs) if gradients else None
+        later = names.map_with_names(lambda path, _: layout.parallel.gather and names.in_block(path), params)
+        found, shares = function(jax.tree.map(_gathered, params, specs, later), batch, *others)
+        found = jax.tree.map(_summed, found, specs, later) if gradients else None
         return found, jax.lax.psum(shares, sharding.AXES)
 
     def call(params: Any, batch: Any, *others: Any) -> tuple[Any, Any]:
@@ -148,17 +154,17 @@ def over_devices(function: Callable, layout: Layout, params: Any, gradients: boo
 
 
 @jax.named_scope('gather')
-def _gathered(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _gathered(leaf: jax.Array, spec: PartitionSpec, later: bool) -> jax.Array:
     for dimension, axis in enumerate(spec):
-        if axis == 'fsdp':
+        if axis == 'fsdp' and not later:
             leaf = jax.lax.all_gather(leaf, axis, axis=dimension, tiled=True)
     return leaf
 
 
 @jax.named_scope('reduce')
-def _summed(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _summed(leaf: jax.Array, spec: PartitionSpec, done: bool) -> jax.Array:
     for dimension, axis in enumerate(spec):
-        if axis == 'fsdp':
+        if axis == 'fsdp' and not done:
             leaf = jax.lax.psum_scatter(leaf, axis, scatter_dimension=dimension, tiled=True)
     return jax.lax.psum(leaf, tuple(axis for axis in sharding.AXES if axis not in _axes(spec)))
 

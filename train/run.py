@@ -304,6 +304,8 @@ def _check_mesh(arguments: dict[str, Any]) -> None:
     mesh, microbatch_size = arguments['mesh'], arguments['microbatch_size']
     if mesh.expert > 1 and arguments['model'].moe is None:
         raise ValueError(f'train.mesh has expert={mesh.expert}, and the model has no experts')
+    if mesh.zero == 3 and arguments['model'].remat == 'none':
+        raise ValueError("train.mesh has zero=3, and ModelConfig.remat='none' would keep what each block gathers")
     sizes = _batch_sizes(*(arguments[name] for name in ('total_steps', 'batch_size', 'sequence_length', 'batch_ramp')))
     for size in (*sizes, *(() if microbatch_size is None else (microbatch_size,))):
         if size % mesh.size:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 import deepseek_jax as ds
 from deepseek_jax import router, sharding
 from deepseek_jax.precision import Float8Copies
-from deepseek_jax.sharding import ExpertParallel
+from deepseek_jax.sharding import Parallel
 from train import guard as guard_lib
 from train import parallel
 from train.guard import GuardConfig, GuardState, Verdict
@@ -117,10 +117,10 @@ def batch_gradients(
     """
     axes = () if layout is None else sharding.AXES
     size = microbatch_size if microbatch_size is None or layout is None else microbatch_size // layout.mesh.size
-    experts = None if layout is None else layout.experts
+    share = None if layout is None else layout.parallel
 
     def gradients_of(params: Any, batch: Mapping[str, Array], mtp_weight: Array | float) -> tuple[Any, tuple]:
-        return _gradients(params, batch, mtp_weight, model, config, size, totals(batch, model, axes), experts)
+        return _gradients(params, batch, mtp_weight, model, config, size, totals(batch, model, axes), share)
 
     if layout is not None:
         gradients_of = parallel.over_devices(gradients_of, layout, params)
@@ -136,15 +136,15 @@ def _gradients(
     config: ObjectiveConfig,
     microbatch_size: int | None,
     whole: Totals,
-    experts: ExpertParallel | None,
+    parallel: Parallel | None,
 ) -> tuple[Any, tuple[Array, Losses]]:
     """Gradient, value and terms of rows that are a batch, or a part of one with these totals."""
     # Outside the scan: what is computed once a step, whatever the number of parts.
-    copies = Float8Copies.of(params, model)
+    copies = Float8Copies.of(params, model, parallel)
 
     def share(part: Mapping[str, Array]) -> tuple[Any, tuple[Array, Losses]]:
         def loss(params: Any) -> tuple[Array, Losses]:
-            return objective(copies.beside(params), part, model, config, mtp_weight, whole, experts)
+            return objective(copies.beside(params), part, model, config, mtp_weight, whole, parallel)
 
         values, gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return gradients, values
@@ -183,7 +183,7 @@ def eval_step(
 
     def losses(params: Any, batch: Mapping[str, Array]) -> tuple[None, Losses]:
         whole = totals(batch, model, sharding.AXES)
-        return None, objective(params, batch, model, config, 0.0, whole, layout.experts)[1]
+        return None, objective(params, batch, model, config, 0.0, whole, layout.parallel)[1]
 
     return parallel.over_devices(losses, layout, params, gradients=False)(params, dict(batch))[1]
 

@@ -63,7 +63,7 @@ def sent_bytes(recipe: str, config: MeshConfig) -> dict[str, float]:
 
     def outputs(weights: dict, x_MD: jax.Array, gates_MK: jax.Array, experts_MK: jax.Array) -> tuple:
         routing = router.Routing(gates_MK, experts_MK, gates_MK)
-        y_MD, _ = moe.routed_experts(weights, x_MD, routing, EXPERTS, precision, layout.experts)
+        y_MD, _ = moe.routed_experts(weights, x_MD, routing, EXPERTS, precision, layout.parallel.experts)
         return y_MD.astype(jnp.float32).sum(), y_MD
 
     rows, experts = sharding.BATCH, PartitionSpec(sharding.EXPERT_AXES)

@@ -25,6 +25,8 @@ LAYOUTS = {
     'fsdp 2 x expert 2': MeshConfig(fsdp=2, expert=2),
     'node 2 x gpu 4': TWO_HOPS,
     'fsdp 8': MeshConfig(fsdp=8),
+    'fsdp 8, ZeRO-3': MeshConfig(fsdp=8, zero=3),
+    'fsdp 2 x expert 4, ZeRO-3': MeshConfig(fsdp=2, expert=4, zero=3),
 }
 SIZES = {'rows': 8, 'length': 16}
 
@@ -71,10 +73,31 @@ def test_loss_and_every_gradient_equal_those_of_one_device(name):
     assert found[2].dropped == 0
 
 
-@pytest.mark.parametrize('remat', ['paper', 'full'])
-def test_so_do_those_in_parts_and_recomputed(remat):
-    found = gradients(TWO_HOPS if remat == 'paper' else ONE_HOP, params(), dataclasses.replace(TINY, remat=remat), 8)
+@pytest.mark.parametrize(
+    ('config', 'remat'),
+    [(TWO_HOPS, 'paper'), (ONE_HOP, 'full'), (MeshConfig(fsdp=4, zero=3), 'paper')],
+    ids=['two_hops', 'one_hop', 'zero_3'],
+)
+def test_so_do_those_in_parts_and_recomputed(config, remat):
+    found = gradients(config, params(), dataclasses.replace(TINY, remat=remat), 8)
     assert_close(found, alone())
+
+
+def test_blocks_gather_float8_copies_of_what_they_would_quantise():
+    """Widths of which the parts are whole blocks, and two (of query and value) of which they are not."""
+    model = changed(
+        TINY,
+        num_layers=2,
+        mtp_depth=0,
+        model_dim=256,
+        dense_ffn_dim=128,
+        mla={'kv_rank': 256, 'query_rank': 128},
+        moe={'ffn_dim': 128},
+        precision=ds.PrecisionConfig(recipe='fp8'),
+    )
+    weights = random_params(model)
+    once, in_blocks = (gradients(MeshConfig(fsdp=2, zero=zero), weights, model) for zero in (1, 3))
+    assert_close(in_blocks, once)
 
 
 def test_evaluation_equals_that_of_one_device():
@@ -113,7 +136,7 @@ def layer(config: MeshConfig, recipe: str, name: str) -> dict[str, np.ndarray]:
     def run(weights: dict, x_MD: jax.Array, gates_MK: jax.Array, experts_MK: jax.Array, d_MD: jax.Array) -> dict:
         def outputs(weights: dict, x_MD: jax.Array, gates_MK: jax.Array) -> tuple:
             routing = router.Routing(gates_MK, experts_MK, gates_MK)
-            experts = None if layout is None else layout.experts
+            experts = None if layout is None else layout.parallel.experts
             y_MD, dropped = moe.routed_experts(weights, x_MD, routing, TINY.moe, precision, experts)
             return jnp.sum(y_MD * d_MD), (y_MD, dropped)
 
