@@ -190,9 +190,9 @@ def _table(found: Sequence[Collective]) -> list[str]:
     ]
     if not rows:
         return ['no collectives']
-    lines = [f'{"collective":20}{"along":16}{"for":24}{"meanwhile":16}{"a step":>8}{"MB sent a device":>20}']
+    lines = [f'{"collective":20}{"along":24}{"for":24}{"meanwhile":16}{"a step":>8}{"MB sent a device":>20}']
     for kind, axes, origin, meanwhile, times, sent in sorted(rows, key=lambda row: -row[-1]):
-        lines.append(f'{kind:20}{axes:16}{origin:24}{meanwhile:16}{times:8,}{sent:20,.2f}')
+        lines.append(f'{kind:20}{axes:24}{origin:24}{meanwhile:16}{times:8,}{sent:20,.2f}')
     return lines
 
 

@@ -55,12 +55,15 @@ ELEMENTWISE = 'norms and elementwise'
 EMBEDDING = 'embedding'
 LOSS = 'head and loss'
 OPTIMIZER = 'optimizer and accumulation'
-COLLECTIVES = 'collectives, exposed'
+DISPATCH = 'tokens on their way to experts and back, exposed'
+GATHER = 'parameters gathered, exposed'
+REDUCE = 'gradients reduced, exposed'
+COLLECTIVES = 'other collectives, exposed'
 COPIES = 'copies and fills, exposed'
 OTHER = 'other'
 IDLE = 'idle'
 
-BEHIND = (COLLECTIVES, COPIES)
+BEHIND = (DISPATCH, GATHER, REDUCE, COLLECTIVES, COPIES)
 """Parts whose time counts only where nothing else runs."""
 
 
@@ -95,6 +98,8 @@ def _within(*scopes: str) -> str:
 # What the backward pass computes again is not a gradient.
 _BACKWARD = r'^(?!.*rematted_computation).*transpose\('
 
+_COLLECTIVE = r'(?i)^(nccl|nvshmem)|all_?(reduce|gather|to_?all)|reduce_?scatter|collective_?permute'
+
 RULES = (
     Rule(COPIES, kernel='^Mem(cpy|set)'),
     Rule(LOSS, scope=_within('loss', 'head')),
@@ -106,7 +111,10 @@ RULES = (
     Rule(WEIGHTS, kernel='^quantize_blocks_'),
     Rule(QUANTISE, kernel='^(re)?quantize_'),
     Rule(SWIGLU, kernel='^swiglu_quantize'),
-    Rule(COLLECTIVES, kernel=r'(?i)^(nccl|nvshmem)|all_?(reduce|gather|to_?all)|reduce_?scatter|collective_?permute'),
+    Rule(DISPATCH, kernel=_COLLECTIVE, scope=_within('dispatch', 'collect')),
+    Rule(GATHER, kernel=_COLLECTIVE, scope=_within('gather')),
+    Rule(REDUCE, kernel=_COLLECTIVE, scope=_within('reduce')),
+    Rule(COLLECTIVES, kernel=_COLLECTIVE),
     Rule(EMBEDDING, scope=_within('embed')),
     Rule(ROUTER, scope=_within('route', 'sort')),
     Rule(ROUTER, kernel='radix_sort|RadixSort'),

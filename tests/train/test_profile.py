@@ -62,6 +62,10 @@ EXAMPLES = [
     ('loop_select_fusion_2', 'jit(step)', profile.OPTIMIZER),
     ('loop_add_fusion_2', 'jit(step)/while/body', profile.OPTIMIZER),
     ('ncclDevKernel_AllReduce_Sum_f32_RING_LL', 'jit(step)/psum', profile.COLLECTIVES),
+    ('ncclDevKernel_SendRecv', 'jit(step)/jvp(DeepSeekV3)/experts/dispatch/all_to_all', profile.DISPATCH),
+    ('ncclDevKernel_SendRecv', 'jit(step)/transpose(jvp(DeepSeekV3))/experts/collect/all_to_all', profile.DISPATCH),
+    ('ncclDevKernel_AllGather_RING_LL', 'jit(step)/shard_map/gather/all_gather', profile.GATHER),
+    ('ncclDevKernel_ReduceScatter_Sum_f32_RING_LL', 'jit(step)/shard_map/reduce/reduce_scatter', profile.REDUCE),
     ('MemcpyD2D', '', profile.COPIES),
     ('loop_maximum_fusion', '', profile.OTHER),
 ]
