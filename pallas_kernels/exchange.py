@@ -7,7 +7,7 @@ A row goes to a device once, however many of its experts are there. Along two ax
 node once, over the slower network, and from there to that node's GPUs. The two are each other's transpose, so a backward pass
 is the same exchange with the directions swapped. Rows move as they are: in float8, values and scales beside each other.
 
-A row that finds the C slots of a device taken is not sent there, later rows first to stay: what C is, the caller decides.
+A device takes the first C rows that another has for it; those after them are not sent. What C is, the caller decides.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ collectives is what the GPUs would get. Nothing runs, no data is read, nothing i
 """
 
 import collections
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -124,9 +125,9 @@ def preflight(
     layout = mesh.make(present)
     state, batch = shapes(model, optimizer, guard, layout, present, batch_size, sequence_length)
     began = time.monotonic()
-    # Without a mesh, a device of no mesh says what kernels are for.
-    abstract = None if layout else AbstractMesh((), (), abstract_device=_abstract(present[0]))
-    with jax.sharding.use_abstract_mesh(abstract) if abstract else layout.mesh:  # pyright: ignore[reportOptionalMemberAccess]
+    # A mesh says what kernels are for; for one GPU, a device of no mesh does.
+    alone = AbstractMesh((), (), abstract_device=_abstract(present[0]))
+    with contextlib.nullcontext() if layout else jax.sharding.use_abstract_mesh(alone):
         traced = jit_step(jax.tree.map(lambda leaf: leaf.sharding, state)).trace(
             state,
             batch,

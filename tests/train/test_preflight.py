@@ -51,6 +51,18 @@ def test_a_step_for_eight_gpus_holds_what_eight_devices_hold():
     assert argument_mb * 1e6 == pytest.approx(held, rel=0.02)
 
 
+@needs_hopper_tools
+def test_a_step_for_one_gpu_exchanges_nothing():
+    small = [
+        'config.ModelConfig.num_layers = 2',
+        'config.ModelConfig.moe = None',
+        'config.ModelConfig.num_dense_layers = 2',
+    ]
+    done = run('--preflight', '--gpus', '1', *as_options([*small, *OVERRIDES[1:]]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith('fits\nno collectives\n')
+
+
 def test_what_does_not_fit_is_said_so():
     found = preflight.Preflight(argument_bytes=10**9, needed_bytes=81 * 10**9, collectives=[], compile_seconds=1)
     assert not found.fits
