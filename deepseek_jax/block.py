@@ -12,7 +12,7 @@ from deepseek_jax import gather, mla, moe, names, ops, router
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.norm import rms_norm
-from deepseek_jax.sharding import Parallel
+from deepseek_jax.sharding import ALONE, Parallel
 
 NORM_NAMES = ('attention_norm_D', 'ffn_norm_D')
 
@@ -24,7 +24,7 @@ def block(
     cache: Cache | None,
     config: ModelConfig,
     absorbed: bool = False,
-    parallel: Parallel | None = None,
+    parallel: Parallel = ALONE,
 ) -> tuple[Float[Array, 'B T D'], Cache | None, moe.Balance | None]:
     """The block's output, its layer of the cache, and the use of its experts (None for a dense block)."""
     normed_BTD = rms_norm(x_BTD, params['attention_norm_D'], config.norm_eps)
@@ -34,9 +34,7 @@ def block(
     if 'moe' not in params:
         return x_BTD + moe.swiglu(params['ffn'], normed_BTD, config.precision), cache, None
     assert config.moe is not None
-    ffn_BTD, balance = moe.moe(
-        params['moe'], normed_BTD, config.moe, config.precision, parallel.experts if parallel else None
-    )
+    ffn_BTD, balance = moe.moe(params['moe'], normed_BTD, config.moe, config.precision, parallel.experts)
     return x_BTD + ffn_BTD, cache, balance
 
 
@@ -60,7 +58,7 @@ def dims(config: ModelConfig) -> dict[str, int]:
 
 
 def declare(
-    module: nn.Module, config: ModelConfig, names_: tuple[str, ...], parallel: Parallel | None = None, **sizes: int
+    module: nn.Module, config: ModelConfig, names_: tuple[str, ...], parallel: Parallel = ALONE, **sizes: int
 ) -> dict[str, Any]:
     """Declares parameters of `module` from their names: shape off the letters, initial value off the noun.
 
@@ -76,7 +74,7 @@ def declare(
         else:
             initializer = nn.initializers.normal(config.init_std)
         shape = names.shape(name, dims(config) | sizes)
-        if parallel is None or not parallel.gather:
+        if not parallel.gather:
             declared[name] = module.param(name, initializer, shape, jnp.float32)
         else:
             part = module.param(name, initializer, gather.local_shape(name, shape), jnp.float32)
@@ -89,7 +87,7 @@ class Part(nn.Module):
 
     config: ModelConfig
     parameter_names: tuple[str, ...]
-    parallel: Parallel | None = None
+    parallel: Parallel = ALONE
     sizes: tuple[tuple[str, int], ...] = ()
 
     @nn.compact
@@ -100,8 +98,8 @@ class Part(nn.Module):
         params = {ops.QUANTIZED: self.get_variable('params', ops.QUANTIZED)}
         if not self.has_variable('params', self.parameter_names[0]):
             return params
-        if self.parallel is None or not self.parallel.gather:
-            return params | declare(self, self.config, self.parameter_names, None, **sizes)
+        if not self.parallel.gather:
+            return params | declare(self, self.config, self.parameter_names, ALONE, **sizes)
         masters = {name: self.get_variable('params', name) for name in self.parameter_names}
         return {
             ops.QUANTIZED: gather.whole_experts(params[ops.QUANTIZED]),
@@ -113,13 +111,13 @@ class Experts(nn.Module):
     """Names the parameters of a DeepSeekMoE layer and returns them; of the experts those of this device."""
 
     config: ModelConfig
-    parallel: Parallel | None = None
+    parallel: Parallel = ALONE
 
     @nn.compact
     def __call__(self) -> dict[str, dict[str, Any]]:
         config = self.config.moe
         assert config is not None
-        experts = None if self.parallel is None else self.parallel.experts
+        experts = self.parallel.experts
         here = config.num_experts // (1 if experts is None else experts.devices)
         params = {
             'router': Part(self.config, router.PARAMETER_NAMES, self.parallel, name='router')(),
@@ -139,7 +137,7 @@ class Block(nn.Module):
     config: ModelConfig
     use_moe: bool
     absorbed: bool = False
-    parallel: Parallel | None = None
+    parallel: Parallel = ALONE
 
     @nn.compact
     def __call__(

@@ -17,7 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.mtp import MTPModule
 from deepseek_jax.norm import rms_norm
 from deepseek_jax.precision import compute_dtype
-from deepseek_jax.sharding import Parallel
+from deepseek_jax.sharding import ALONE, Parallel
 
 Params = Mapping[str, Any]
 
@@ -62,7 +62,7 @@ class DeepSeekV3(nn.Module):
 
     config: ModelConfig
     absorbed: bool = False
-    parallel: Parallel | None = None
+    parallel: Parallel = ALONE
 
     @nn.compact
     def __call__(
@@ -148,7 +148,7 @@ def states(
     config: ModelConfig,
     segments_BT: Int[Array, 'B T'] | None = None,
     ahead_LBT: Int[Array, 'L B T'] | None = None,
-    parallel: Parallel | None = None,
+    parallel: Parallel = ALONE,
 ) -> States:
     """The model without its head, for training.
 

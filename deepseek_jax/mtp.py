@@ -19,14 +19,14 @@ from deepseek_jax import mla, moe, ops
 from deepseek_jax.block import Block, declare, rematerialised
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.norm import rms_norm
-from deepseek_jax.sharding import Parallel
+from deepseek_jax.sharding import ALONE, Parallel
 
 
 class MTPModule(nn.Module):
     """One prediction module; scanned over depth with the state carried from module to module."""
 
     config: ModelConfig
-    parallel: Parallel | None = None
+    parallel: Parallel = ALONE
 
     @nn.compact
     def __call__(

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from deepseek_jax import names, ops, router, sharding
+from deepseek_jax import gather, names, ops, router
 from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.ops import QTensor
-from deepseek_jax.sharding import Parallel
+from deepseek_jax.sharding import ALONE, Parallel
 
 __all__ = ['Float8Copies', 'QTensor', 'compute_dtype', 'compute_params', 'is_float8']
 
@@ -79,7 +79,7 @@ class Float8Copies(NamedTuple):
     experts: dict[tuple[str, ...], dict[str, Any]]
 
     @classmethod
-    def of(cls, params: Mapping[str, Any], config: ModelConfig, parallel: Parallel | None = None) -> 'Float8Copies':
+    def of(cls, params: Mapping[str, Any], config: ModelConfig, parallel: Parallel = ALONE) -> 'Float8Copies':
         """Those of these masters: to be made once a step, whatever the number of microbatches. None under other recipes.
 
         Of masters that are cut where they are used, the parts are quantised, if they are whole blocks of 128: they are what blocks of
@@ -90,9 +90,8 @@ class Float8Copies(NamedTuple):
             return copies
 
         def whole_blocks(path: tuple[str, ...], leaf: Array) -> bool:
-            cut = sharding.param_spec(path, leaf.ndim)
-            gathered = parallel is not None and parallel.gather and 'fsdp' in cut
-            return not gathered or leaf.shape[cut.index('fsdp')] % ops.BLOCK == 0
+            cut = gather.cut_dimension(path[-1]) if parallel.gather else None
+            return cut is None or leaf.shape[cut + names.is_stacked(path)] % ops.BLOCK == 0
 
         def add_experts(path: tuple[str, ...], experts: Any) -> dict[str, Any]:
             if whole_blocks((*path, 'w_up_EDF'), experts['w_up_EDF']):

@@ -79,6 +79,10 @@ class Parallel:
     gather: bool = False
 
 
+ALONE = Parallel()
+"""Nothing is elsewhere."""
+
+
 def make_mesh(
     data: int = 1, fsdp: int = 1, expert: int = 1, node: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
@@ -115,6 +119,11 @@ def param_spec(path: Sequence[str], ndim: int) -> PartitionSpec:
     return PartitionSpec(*([None] * stacked), *axes)
 
 
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that an entry of a `PartitionSpec` names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """The `NamedSharding` of every parameter of a tree (arrays or shapes).
 
@@ -124,7 +133,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     def sharding(path: tuple[str, ...], leaf: Any) -> NamedSharding:
         spec = param_spec(path, len(leaf.shape))
         for size, axis in zip(leaf.shape, spec, strict=True):
-            axes = () if axis is None else (axis,) if isinstance(axis, str) else axis
+            axes = axes_of(axis)
             if size % (devices := math.prod(mesh.shape[name] for name in axes)):
                 raise ValueError(
                     f'parameter {"/".join(path)} of shape {tuple(leaf.shape)}: {size} is not a multiple of the '

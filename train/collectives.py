@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 KINDS = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter')
-_BITS = {'pred': 8, 's4': 4, 'u4': 4, 'bf16': 16}
 _PRODUCTS = ('mosaic_gpu', '__cublas', '__triton_gemm', '__triton_nested_gemm_fusion')
 _INSTRUCTION = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*)')
-_ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 
 
 class Collective(NamedTuple):
@@ -174,4 +173,5 @@ def _bytes(type_: str) -> int:
 
 
 def _bits(dtype: str) -> int:
-    return _BITS[dtype] if dtype in _BITS else int(re.search(r'\d+', dtype)[0])  # pyright: ignore[reportOptionalSubscript]
+    found = re.search(r'\d+', dtype)
+    return 8 if found is None else int(found[0])  # pred has no number

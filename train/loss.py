@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 import deepseek_jax as ds
 from deepseek_jax.config import check_types, require_positive
 from deepseek_jax.model import tokens_ahead
-from deepseek_jax.sharding import Parallel
+from deepseek_jax.sharding import ALONE, Parallel
 from train.cross_entropy import cross_entropy
 from train.schedule import Schedule
 
@@ -90,7 +90,7 @@ def objective(
     config: ObjectiveConfig,
     mtp_weight: Float[Array, ''] | float,
     whole: Totals | None = None,
-    parallel: Parallel | None = None,
+    parallel: Parallel = ALONE,
 ) -> tuple[Float[Array, ''], Losses]:
     """The loss to minimise, and its terms.
 

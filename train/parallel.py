@@ -36,7 +36,7 @@ class Layout(NamedTuple):
     """
 
     mesh: Mesh
-    parallel: Parallel = Parallel()
+    parallel: Parallel = sharding.ALONE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,9 +166,5 @@ def _summed(leaf: jax.Array, spec: PartitionSpec, done: bool) -> jax.Array:
     for dimension, axis in enumerate(spec):
         if axis == 'fsdp' and not done:
             leaf = jax.lax.psum_scatter(leaf, axis, scatter_dimension=dimension, tiled=True)
-    return jax.lax.psum(leaf, tuple(axis for axis in sharding.AXES if axis not in _axes(spec)))
-
-
-def _axes(spec: PartitionSpec) -> set[str]:
-    """The mesh axes that an array is cut over."""
-    return {axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)}
+    cut = {axis for entry in spec for axis in sharding.axes_of(entry)}
+    return jax.lax.psum(leaf, tuple(axis for axis in sharding.AXES if axis not in cut))

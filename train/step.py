@@ -117,7 +117,7 @@ def batch_gradients(
     """
     axes = () if layout is None else sharding.AXES
     size = microbatch_size if microbatch_size is None or layout is None else microbatch_size // layout.mesh.size
-    share = None if layout is None else layout.parallel
+    share = sharding.ALONE if layout is None else layout.parallel
 
     def gradients_of(params: Any, batch: Mapping[str, Array], mtp_weight: Array | float) -> tuple[Any, tuple]:
         return _gradients(params, batch, mtp_weight, model, config, size, totals(batch, model, axes), share)
@@ -136,7 +136,7 @@ def _gradients(
     config: ObjectiveConfig,
     microbatch_size: int | None,
     whole: Totals,
-    parallel: Parallel | None,
+    parallel: Parallel,
 ) -> tuple[Any, tuple[Array, Losses]]:
     """Gradient, value and terms of rows that are a batch, or a part of one with these totals."""
     # Outside the scan: what is computed once a step, whatever the number of parts.
