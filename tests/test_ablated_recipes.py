@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import deepseek_jax as ds
 import pallas_kernels as pk
 from configs import loader
+from pallas_kernels.expert_ffn_fp8 import api as expert_ffn
 from pallas_kernels.fp8 import E4M3, Quantized, blocks, dequantize_blocks, dequantize_rows
 from pallas_kernels.gemm_fp8 import kernel, sm90
 from pallas_kernels.gemm_fp8.tuned import GemmConfig
+from pallas_kernels.groups import group_starts
+from pallas_kernels.routes import routes
 from tests.pallas_kernels.hopper import DEVICE
 from train.loss import ObjectiveConfig
 from train.step import batch_gradients
@@ -79,6 +83,31 @@ def test_gradient_blocks_are_those_of_gradients_alone():
     for found, before, again in zip(ablated[1:], ours[1:], output_and_gradients()[1:], strict=True):
         assert not np.array_equal(found, before)
         np.testing.assert_array_equal(again, before)
+
+
+def test_one_scale_is_none_of_rows_without_an_expert(monkeypatch):
+    """GPU kernels leave rows of none as the memory was; between experts' rows and after them."""
+    exact = expert_ffn.grouped_gemm_fp8
+
+    def leaving(x: Quantized, weights: Any, sizes_E: jax.Array, **options: Any) -> jax.Array:
+        y_MN = exact(x, weights, sizes_E, **options)
+        expert_of_M = jnp.full(len(y_MN), -1)
+        for expert, start in enumerate(group_starts(sizes_E)):
+            rows_M = jnp.arange(len(y_MN)) - start
+            expert_of_M = jnp.where((rows_M >= 0) & (rows_M < sizes_E[expert]), expert, expert_of_M)
+        return jnp.where(expert_of_M[:, None] < 0, jnp.nan, y_MN)
+
+    def gradients() -> Any:
+        layer = lambda x, gates, weights: pk.expert_ffn_fp8(x, gates, made, weights).sum()  # noqa: E731
+        with recipes.per_tensor():
+            return jax.jit(jax.grad(layer, argnums=(0, 1, 2)))(x_TD, gates_TK, weights)
+
+    x_TD, gates_TK = uneven(0, (96, 128)), jnp.ones((96, 2))
+    weights = tuple(jax.random.normal(jax.random.key(seed), (4, 128, 128)) for seed in range(3))
+    made = routes(jax.random.randint(jax.random.key(4), (96, 2), 0, 6), 4)  # experts 4 and 5 are elsewhere
+    wanted = gradients()
+    monkeypatch.setattr(expert_ffn, 'grouped_gemm_fp8', leaving)
+    jax.tree.map(np.testing.assert_array_equal, gradients(), wanted)
 
 
 @pytest.mark.parametrize('name', recipes.ABLATIONS)
