@@ -8,8 +8,9 @@ writes `benchmarks/results/loss_gap.json` and `loss_gap.png`: training and held-
 runs after so long, and the same command takes them up again from their checkpoints.
 
 Any other rounding sends a run another way, and 200 steps at a high learning rate wander by a percent: the mean over seeds
-and its standard error count. The yardstick is fp32, which differs from bf16 by nothing but rounding. The report's bar for
-its own, long runs is 0.25 %.
+and its standard error count. The yardstick is fp32, which differs from bf16 by nothing but rounding; or runs of one recipe
+among themselves, which `--microbatches 8 4` makes differ by the order of sums alone, in place of seeds. The report's bar for its
+own, long runs is 0.25 %.
 
 `--recipes` takes those of `ablated_recipes.py`, too: float8 without a part of what ours has.
 """
@@ -145,19 +146,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def jobs(options: argparse.Namespace, recipes: Sequence[str], folder: pathlib.Path) -> Iterator[tuple[str, Job]]:
-    """A run of each recipe for each seed."""
+    """A run of each recipe for each seed, or each microbatch size."""
     overrides = [f'{name} = {options.every}' for name in ('EVAL_EVERY', 'CHECKPOINT_EVERY')]
     overrides += [f'TOTAL_STEPS = {options.steps}', *options.set]
     if options.rate is not None:
         pieces = (('constant', options.rate, 0.6), ('cosine', options.rate / 10, 0.4))
         overrides.append(f'learning_rate/train.schedule.Schedule.pieces = {pieces}')
-    for seed, recipe in itertools.product(range(options.seeds), recipes):
-        directory = folder / f'{recipe}-{seed}'
+    for variant, recipe in itertools.product(options.microbatches or range(options.seeds), recipes):
+        directory = folder / f'{recipe}-{variant}'
         ablated = recipe in ABLATIONS
         program = [str(ROOT / 'benchmarks' / 'ablated_recipes.py'), recipe] if ablated else ['-m', 'train']
         command = [sys.executable, *program, '--config', str(options.config.resolve()), '--run-dir', str(directory)]
         precision = 'fp8' if ablated else recipe
-        for override in (f"PRECISION = '{precision}'", f'SEED = {seed}', *overrides):
+        varied = 'MICROBATCH' if options.microbatches else 'SEED'
+        for override in (f"PRECISION = '{precision}'", f'{varied} = {variant}', *overrides):
             command += ['--set', override]
         yield recipe, Job(directory, command, options.steps)
 
@@ -169,15 +171,15 @@ def smooth(points: Sequence[tuple[int, float]], last: int) -> tuple[np.ndarray, 
 
 
 def gaps(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
-    """Relative gaps, seed by seed, their mean and its standard error."""
+    """Relative gaps, run by run, their mean and its standard error."""
     relative = np.array(values) / np.array(baseline) - 1
     error = relative.std(ddof=1) / np.sqrt(len(relative)) if len(relative) > 1 else None
-    return {'by_seed': relative.tolist(), 'mean': float(relative.mean()), 'standard_error': error}
+    return {'by_run': relative.tolist(), 'mean': float(relative.mean()), 'standard_error': error}
 
 
-def draw(curves: dict[str, list[Curves]], path: pathlib.Path) -> None:
-    """Training and held-out loss over steps, mean of the seeds, and below them the gaps to bf16, seed by seed and in the
-    mean."""
+def draw(curves: dict[str, list[Curves]], path: pathlib.Path, orders: bool) -> None:
+    """Training and held-out loss over steps, mean of the runs, and below them the gaps to bf16, run by run and in the mean;
+    those of other runs in bf16 to its first, too, where runs differ by the order of sums."""
     figure = Figure(figsize=(10, 6), layout='constrained')
     panels = figure.subplots(2, 2, sharex=True, height_ratios=(3, 2))
     for (kind, last), (above, below) in zip(LAST.items(), panels.T, strict=True):
@@ -192,9 +194,12 @@ def draw(curves: dict[str, list[Curves]], path: pathlib.Path) -> None:
                 gap = 100 * (losses[recipe] / losses['bf16'] - 1)
                 below.plot(steps, gap.T, color=color, alpha=0.3, linewidth=0.8)
                 below.plot(steps, gap.mean(0), color=color)
+            elif orders:
+                gap = 100 * (losses['bf16'][1:] / losses['bf16'][0] - 1)
+                below.plot(steps, gap.T, color=color, linewidth=0.8, linestyle=':')
         what = 'steps' if kind == 'training' else 'evaluations'
-        seeds = f' and {len(curves["bf16"])} seeds' if len(curves['bf16']) > 1 else ''
-        above.set(title=f'{kind} loss, mean of {last} {what}{seeds}', ylabel='nats a token')
+        runs = f' and {len(curves["bf16"])} runs' if len(curves['bf16']) > 1 else ''
+        above.set(title=f'{kind} loss, mean of {last} {what}{runs}', ylabel='nats a token')
         below.axhline(0, color='gray', linewidth=0.6)
         below.set(xlabel='step', ylabel='gap to bf16, %')
         above.legend()
@@ -215,12 +220,17 @@ def result(options: argparse.Namespace, curves: dict[str, list[Curves]]) -> dict
         'learning_rate': options.rate,
         'steps': options.steps,
         'averaged': LAST,
+        'microbatches': options.microbatches,
     }
     for kind, last in LAST.items():
         final = {
             recipe: [float(smooth(getattr(run, kind), last)[1][-1]) for run in runs] for recipe, runs in curves.items()
         }
         found[f'final_{kind}_loss'] = final
+        for recipe, (first, *others) in final.items() if options.microbatches else ():
+            spread = found[f'{recipe}_{kind}_spread'] = [value / first - 1 for value in others]
+            among = ', '.join(f'{100 * value:+.3f}' for value in spread)
+            print(f'{recipe} among itself, {kind} loss: {among} %')
         for recipe in curves.keys() - {'bf16'}:
             gap = found[f'{recipe}_{kind}_gap_to_bf16'] = gaps(final[recipe], final['bf16'])
             spread = '' if gap['standard_error'] is None else f' +- {100 * gap["standard_error"]:.3f}'
@@ -235,12 +245,13 @@ def main() -> int:
     parser.add_argument('--steps', type=int, default=200)
     parser.add_argument('--every', type=int, help='steps between evaluations, each with a checkpoint; a 20th of them')
     parser.add_argument('--seeds', type=int, default=8)
+    parser.add_argument('--microbatches', type=int, nargs='+', metavar='ROWS', help='in place of seeds')
     parser.add_argument(
         '--rate', type=float, help="learning rate, a tenth of it at the end, in place of the configuration's"
     )
     parser.add_argument('--set', action='append', default=[], metavar="'NAME = value'", help='as of python -m train')
     parser.add_argument(
-        '--recipes', nargs='+', choices=RECIPES, default=['fp8', 'fp32'], help='beside bf16, which is always among them'
+        '--recipes', nargs='*', choices=RECIPES, default=['fp8', 'fp32'], help='beside bf16, which is always among them'
     )
     parser.add_argument('--processes', type=int, default=1, help='runs at the same time: one a CPU core is fastest')
     parser.add_argument('--gpus', nargs='*', default=[], help='numbers of GPUs, one for each run at the same time')
@@ -267,7 +278,7 @@ def main() -> int:
         curves = {recipe: [job.curves() for name, job in planned if name == recipe] for recipe in recipes}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f'{options.name}.json').write_text(json.dumps(result(options, curves)) + '\n', encoding='utf-8')
-    draw(curves, RESULTS / f'{options.name}.png')
+    draw(curves, RESULTS / f'{options.name}.png', bool(options.microbatches))
     return 0
 
 
