@@ -7,7 +7,7 @@ stands in a loop's body counts as often as the loop goes round, where XLA knows 
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 KINDS = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter')
@@ -28,6 +28,7 @@ class Collective(NamedTuple):
       scope: where the program says that it comes from.
       products: kernels and matrix products that run between its start and its end.
       others: other kernels there.
+      free: kernels and matrix products of the same loop body that could run there: they neither need it nor are needed by it.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Collective(NamedTuple):
     scope: str
     products: int
     others: int
+    free: int
 
     @property
     def sent_bytes(self) -> float:
@@ -56,6 +58,10 @@ class _Instruction(NamedTuple):
     type: str
     opcode: str
     rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r'%([\w.\-]+)', self.rest[: _end(self.rest, 1)])
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -78,23 +84,44 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[_Instruction]]]:
 
 
 def _instruction(name: str, text: str) -> _Instruction:
-    end = text.find(' ')
-    if text.startswith('('):
-        depths = itertools.accumulate((character == '(') - (character == ')') for character in text)
-        end = next(place for place, depth in enumerate(depths) if depth == 0) + 1
+    end = _end(text) if text.startswith('(') else text.find(' ')
     opcode, _, rest = text[end + 1 :].partition('(')
     return _Instruction(name, text[:end], opcode, rest)
 
 
+def _end(text: str, depth: int = 0) -> int:
+    """Where all parentheses are closed, of which so many are open at the beginning."""
+    depths = itertools.accumulate(((character == '(') - (character == ')') for character in text), initial=depth)
+    return next((place for place, depth in enumerate(depths) if place and depth == 0), len(text))
+
+
 def _walk(computations: dict[str, list[_Instruction]], name: str, times: int) -> Iterator[Collective]:
     instructions = computations[name]
+    needs = {one.name: one.operands for one in instructions}
+    needed_by: dict[str, list[str]] = {name: [] for name in needs}
+    for one, operands in needs.items():
+        for operand in needed_by.keys() & operands:
+            needed_by[operand].append(one)
     for index, instruction in enumerate(instructions):
         for called, rounds in _called(instruction):
             yield from _walk(computations, called, times * rounds)
         kind = instruction.opcode.removesuffix('-start')
         if kind in KINDS:
             window, result = _window(instructions, index)
-            yield _collective(kind, instruction, result, times, [_runs(computations, one) for one in window])
+            bound = _reach(needs, instruction.name) | _reach(needed_by, instruction.name)
+            free = [one for one in instructions if one.name not in bound and _runs(computations, one) == 'product']
+            runs = [_runs(computations, one) for one in window]
+            yield _collective(kind, instruction, result, times, runs, len(free))
+
+
+def _reach(edges: Mapping[str, Sequence[str]], start: str) -> set[str]:
+    """Everything that there is a way to."""
+    found, left = {start}, [start]
+    while left:
+        more = {name for name in edges.get(left.pop(), ()) if name not in found}
+        found |= more
+        left += more
+    return found
 
 
 def _called(instruction: _Instruction) -> Iterator[tuple[str, int]]:
@@ -138,7 +165,7 @@ def _runs(computations: dict[str, list[_Instruction]], instruction: _Instruction
 
 
 def _collective(
-    kind: str, instruction: _Instruction, result: str, times: int, window: Sequence[str | None]
+    kind: str, instruction: _Instruction, result: str, times: int, window: Sequence[str | None], free: int
 ) -> Collective:
     axes, devices = _group(instruction.rest)
     scope = re.search(r'op_name="([^"]*)"', instruction.rest)
@@ -151,6 +178,7 @@ def _collective(
         scope='' if scope is None else scope[1],
         products=window.count('product'),
         others=window.count('other'),
+        free=free,
     )
 
 

@@ -183,18 +183,25 @@ def _table(found: Sequence[Collective]) -> list[str]:
     """Collectives of a step, those of a kind, an origin and a window in one line, the largest first."""
     groups = collections.defaultdict(list)
     for one in found:
-        meanwhile = 'a product' if one.products else 'other kernels' if one.others else 'nothing'
-        groups[one.kind, ' x '.join(one.axes) or str(one.devices), _origin(one.scope), meanwhile].append(one)
+        groups[one.kind, ' x '.join(one.axes) or str(one.devices), _origin(one.scope), _meanwhile(one)].append(one)
     rows = [
         (*key, sum(one.times for one in ones), sum(one.times * one.sent_bytes for one in ones) / 1e6)
         for key, ones in groups.items()
     ]
     if not rows:
         return ['no collectives']
-    lines = [f'{"collective":20}{"along":24}{"for":24}{"meanwhile":16}{"a step":>8}{"MB sent a device":>20}']
+    lines = [f'{"collective":20}{"along":24}{"for":20}{"meanwhile":34}{"a step":>8}{"MB sent a device":>20}']
     for kind, axes, origin, meanwhile, times, sent in sorted(rows, key=lambda row: -row[-1]):
-        lines.append(f'{kind:20}{axes:24}{origin:24}{meanwhile:16}{times:8,}{sent:20,.2f}')
+        lines.append(f'{kind:20}{axes:24}{origin:20}{meanwhile:34}{times:8,}{sent:20,.2f}')
     return lines
+
+
+def _meanwhile(one: Collective) -> str:
+    """What runs while data travel, and why it is no product: all that its loop has need it or are needed by it, or those that
+    do not run at another time."""
+    if one.products:
+        return 'a product'
+    return f'{"other kernels" if one.others else "nothing"}, {"products apart" if one.free else "no product could"}'
 
 
 def _size(count: int) -> str:

@@ -12,6 +12,7 @@ import deepseek_jax as ds
 from deepseek_jax import moe, router, sharding
 from train.collectives import Collective, collectives
 from train.parallel import MeshConfig
+from train.preflight import Preflight
 
 PROGRAM = """HloModule step, is_scheduled=true
 
@@ -37,13 +38,26 @@ ENTRY %main.2 (p0: f32[8,4]) -> f32[8,4] {
 """
 
 
+def test_products_that_could_run_meanwhile_are_told_from_those_that_could_not():
+    swap = collectives(PROGRAM)[1]
+    needs_it = PROGRAM.replace('fusion(%arg.1)', 'fusion(%all-to-all-start)')
+    is_needed = PROGRAM.replace('custom-call(%arg.1)', 'custom-call(%kernel)')
+    assert [swap.free, *(collectives(text)[1].free for text in (needs_it, is_needed))] == [1, 0, 0]
+    ways = (swap, swap._replace(products=0), swap._replace(products=0, others=0, free=0))
+    table = str(Preflight(0, 0, [way._replace(axes=(name,)) for way, name in zip(ways, 'abc', strict=True)], 0.0))
+    for name, meanwhile in zip(
+        'abc', ('a product', 'other kernels, products apart', 'nothing, no product could'), strict=True
+    ):
+        assert re.search(rf'all-to-all +{name} +dispatch +{meanwhile} +3 ', table)
+
+
 def test_a_schedule_is_read():
     gather, swap, reduce, scatter = collectives(PROGRAM)
     scope = 'jit(step)/experts/dispatch/all_to_all'
-    assert gather == Collective('all-gather', (), 2, 16 * 4 * 4 + 4 * 2, 1, '', 0, 1)
-    assert swap == Collective('all-to-all', ('expert',), 4, 128, 3, scope, 1, 1)
-    assert reduce == Collective('all-reduce', (), 4, 8, 1, '', 0, 0)
-    assert scatter == Collective('reduce-scatter', (), 2, 16, 1, '', 0, 0)
+    assert gather == Collective('all-gather', (), 2, 16 * 4 * 4 + 4 * 2, 1, '', 0, 1, 1)
+    assert swap == Collective('all-to-all', ('expert',), 4, 128, 3, scope, 1, 1, 1)
+    assert reduce == Collective('all-reduce', (), 4, 8, 1, '', 0, 0, 0)
+    assert scatter == Collective('reduce-scatter', (), 2, 16, 1, '', 0, 0, 0)
     assert [one.sent_bytes for one in (gather, swap, reduce, scatter)] == [132, 96, 12, 16]
     with pytest.raises(ValueError, match='all-to-all-start is started and never done'):
         collectives(PROGRAM.replace('all-to-all-done(%all-to-all-start)', 'all-to-all-done(%other)'))
