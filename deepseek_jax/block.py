@@ -28,13 +28,15 @@ def block(
 ) -> tuple[Float[Array, 'B T D'], Cache | None, moe.Balance | None]:
     """The block's output, its layer of the cache, and the use of its experts (None for a dense block)."""
     normed_BTD = rms_norm(x_BTD, params['attention_norm_D'], config.norm_eps)
-    attention_BTD, cache = mla.attention(params['attention'], normed_BTD, attend, cache, config, absorbed)
+    attention_BTD, cache = mla.attention(
+        params['attention'], normed_BTD, attend, cache, config, absorbed, parallel.context
+    )
     x_BTD = ops.keep(x_BTD + attention_BTD)
     normed_BTD = rms_norm(x_BTD, params['ffn_norm_D'], config.norm_eps)
     if 'moe' not in params:
         return x_BTD + moe.swiglu(params['ffn'], normed_BTD, config.precision), cache, None
     assert config.moe is not None
-    ffn_BTD, balance = moe.moe(params['moe'], normed_BTD, config.moe, config.precision, parallel.experts)
+    ffn_BTD, balance = moe.moe(params['moe'], normed_BTD, config.moe, config.precision, parallel)
     return x_BTD + ffn_BTD, cache, balance
 
 

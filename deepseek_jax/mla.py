@@ -8,12 +8,14 @@ decode, where reading C + R values a token costs far less than H * (N + R + U). 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax import ops, rope
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import MLAConfig, ModelConfig
 from deepseek_jax.norm import rms_norm
+from deepseek_jax.sharding import ALONE, ContextParallel
 
 Params = Mapping[str, Any]
 
@@ -24,12 +26,12 @@ class Attend(NamedTuple):
     Attributes:
       positions_BT: position of each query token; also the cache slot it is written to, and the last one it looks at.
       rotation: cosines and sines of `positions_BT`.
-      segments_BT: document of each token, without a cache; tokens look at those of their document. None: all are of one.
+      first_BT: position of the first token that each query looks at, without a cache: that of its document. None: 0.
     """
 
     positions_BT: Int[Array, 'B T']
     rotation: rope.Rotation
-    segments_BT: Int[Array, 'B T'] | None = None
+    first_BT: Int[Array, 'B T'] | None = None
 
 
 def parameter_names(config: MLAConfig) -> tuple[str, ...]:
@@ -48,15 +50,20 @@ def attention(
     cache: Cache | None,
     config: ModelConfig,
     absorbed: bool,
+    context: ContextParallel = ALONE.context,
 ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     """The attention layer's output and the cache with these tokens added (None without a cache).
 
-    Without a cache the keys are the tokens of `x_BTD`; with one, they are its slots, these tokens included.
+    Without a cache the keys are the tokens of `x_BTD`; where sequences are cut over devices, those of the other devices too,
+    whose latents and rotated keys come from there. With one, they are its slots, these tokens included.
     """
     q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR = project(params, x_BTD, attend.rotation, config)
     if cache is not None:
         cache = cache.write(latent_BSC, k_rope_BSR, attend.positions_BT)
         latent_BSC, k_rope_BSR = cache
+    elif context.devices > 1:
+        keys_BSc = context.whole(jnp.concatenate([latent_BSC, k_rope_BSR], axis=-1))
+        latent_BSC, k_rope_BSR = jnp.split(keys_BSc, [config.mla.kv_rank], axis=-1)
     inputs = params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend
     out_BTHU, kept = _absorbed(*inputs, config) if absorbed else _expanded(*inputs, cache is not None, config)
     return ops.linear('BTHU,HUD->BTD', out_BTHU, params['w_o_HUD'], config.precision, kept), cache
@@ -102,8 +109,10 @@ def _expanded(
     weights = [params[name] for name in ('w_uk_CHN', 'w_uv_CHU')]
     k_BSHN, v_BSHU = ops.linears('BSC,CHN,CHU->BSHN,BSHU', latent_BSC, weights, config.precision)
     inputs = q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU
-    positions_BT = attend.positions_BT if cached else None
-    return ops.attention(*inputs, config.softmax_scale, positions_BT, attend.segments_BT, config.precision)
+    # Query t of as many queries as keys sees keys up to t: kernels know that without being told.
+    aligned = not cached and q_BTHN.shape[1] == latent_BSC.shape[1]
+    sight = attend.first_BT, None if aligned else attend.positions_BT
+    return ops.attention(*inputs, config.softmax_scale, *sight, config.precision, keep_output=not cached)
 
 
 def _absorbed(params: Params, q_BTHN, q_rope_BTHR, latent_BSC, k_rope_BSR, attend: Attend, config: ModelConfig):

@@ -17,7 +17,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.mtp import MTPModule
 from deepseek_jax.norm import rms_norm
 from deepseek_jax.precision import compute_dtype
-from deepseek_jax.sharding import ALONE, Parallel
+from deepseek_jax.sharding import ALONE, ContextParallel, Parallel
 
 Params = Mapping[str, Any]
 
@@ -26,7 +26,7 @@ class States(NamedTuple):
     """What the blocks compute, before the head.
 
     Attributes:
-      hidden_BTD: the main model's state after the final norm.
+      hidden_BTD: the main model's state after the final norm; of sequences cut over devices, that of this one's tokens.
       mtp_LBTD: the state of each MTP module after its final norm; None unless asked for.
       load_LE: tokens sent to each expert, int32; expert layers of the main model, then of the MTP modules.
       balance_loss_L: sequence-wise balance loss of the same layers, without its weight.
@@ -134,12 +134,19 @@ def init(key: Array, config: ModelConfig, shardings: Any = None) -> dict[str, An
 
 
 def causal_attend(
-    tokens_BT: Int[Array, 'B T'], segments_BT: Int[Array, 'B T'] | None, config: ModelConfig
+    tokens_BT: Int[Array, 'B T'],
+    segments_BT: Int[Array, 'B T'] | None,
+    config: ModelConfig,
+    context: ContextParallel = ALONE.context,
 ) -> mla.Attend:
-    """Attention of tokens to themselves and those before; with segments, to those of the same document."""
-    positions_T = jnp.arange(tokens_BT.shape[1])
+    """Attention of tokens to themselves and those before; with segments, to those of the same document.
+
+    The tokens are those of whole sequences, the queries those of them that are on this device.
+    """
+    positions_T = context.positions(tokens_BT.shape[1])
     rotation = rope.rotation(positions_T[None], config.mla.rope_head_dim, config.rope)
-    return mla.Attend(jnp.broadcast_to(positions_T, tokens_BT.shape), rotation, segments_BT)
+    first_BT = None if segments_BT is None else context.part(ops.document_starts(segments_BT))
+    return mla.Attend(jnp.broadcast_to(positions_T, (len(tokens_BT), len(positions_T))), rotation, first_BT)
 
 
 def states(
@@ -158,10 +165,16 @@ def states(
       config: the model.
       segments_BT: document of each token; tokens attend within their document. None: one document a row.
       ahead_LBT: for each MTP depth k, the token k places after each position; None leaves the modules out.
-      parallel: this is mapped over devices, and `params` has what of them is this one's.
+      parallel: this is mapped over devices, and `params` has what of them is this one's. All else is of whole
+        sequences; states are of the tokens that are this device's.
+
+    Raises:
+      ValueError: T cannot be cut as `parallel.context` says.
     """
-    attend = causal_attend(tokens_BT, segments_BT, config)
+    attend = causal_attend(tokens_BT, segments_BT, config, parallel.context)
     module = DeepSeekV3(config, parallel=parallel)
+    tokens_BT = parallel.context.part(tokens_BT)
+    ahead_LBT = None if ahead_LBT is None else parallel.context.part(ahead_LBT, axis=2)
     return module.apply({'params': params}, tokens_BT, attend, None, ahead_LBT)  # pyright: ignore
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax import dispatch, ops, router
 from deepseek_jax.config import MoEConfig, PrecisionConfig
-from deepseek_jax.sharding import ExpertParallel
+from deepseek_jax.sharding import ALONE, ContextParallel, ExpertParallel, Parallel
 
 FFN_NAMES = ('w_gate_DF', 'w_up_DF', 'w_down_FD')
 EXPERT_NAMES = ('w_gate_EDF', 'w_up_EDF', 'w_down_EFD')
@@ -19,8 +19,8 @@ class Balance(NamedTuple):
     """How evenly one layer's experts were used.
 
     Attributes:
-      load_E: tokens sent to each expert, over the global batch.
-      loss: sequence-wise balance loss, without its weight.
+      load_E: tokens sent to each expert, of those that are here.
+      loss: sequence-wise balance loss, without its weight; of sequences cut over devices a share, which add up to it.
       dropped: choices of an expert that were not computed, because a device had no room for them.
     """
 
@@ -75,21 +75,27 @@ def moe(
     x_BTD: Float[Array, 'B T D'],
     config: MoEConfig,
     precision: PrecisionConfig,
-    parallel: ExpertParallel | None = None,
+    parallel: Parallel = ALONE,
 ) -> tuple[Float[Array, 'B T D'], Balance]:
     """Routed plus shared experts [eq. 12], and how evenly the experts were used."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     routing = ops.keep(router.route(params['router'], x_MD, config))
-    y_MD, dropped = routed_experts(params['experts'], x_MD, routing, config, precision, parallel)
+    y_MD, dropped = routed_experts(params['experts'], x_MD, routing, config, precision, parallel.experts)
     y_BTD = y_MD.reshape(x_BTD.shape)
     if config.num_shared_experts:
         with jax.named_scope('shared'):
             y_BTD = y_BTD + swiglu(params['shared'], x_BTD, precision)
-    return y_BTD, balance(routing, dropped, x_BTD.shape[:-1], config)
+    return y_BTD, balance(routing, dropped, x_BTD.shape[:-1], config, parallel.context)
 
 
-def balance(routing: router.Routing, dropped: jax.Array, batch: tuple[int, ...], config: MoEConfig) -> Balance:
-    """How evenly experts are used by the routing of a batch of shape (B, T)."""
+def balance(
+    routing: router.Routing,
+    dropped: jax.Array,
+    batch: tuple[int, ...],
+    config: MoEConfig,
+    context: ContextParallel = ALONE.context,
+) -> Balance:
+    """How evenly experts are used by the routing of a batch of shape (B, T), T of this device."""
     affinity_BTE = routing.affinity_ME.reshape(*batch, -1)
     load_E = router.expert_load(routing.experts_MK, config.num_experts)
-    return Balance(load_E, router.balance_loss(affinity_BTE, config.top_k), dropped)
+    return Balance(load_E, router.balance_loss(affinity_BTE, config.top_k, context), dropped)

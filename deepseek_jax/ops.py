@@ -201,6 +201,11 @@ def _terms(x: Array, count: int) -> list[Array]:
     return terms
 
 
+def document_starts(segments_BT: Int[Array, 'B T']) -> Int[Array, 'B T']:
+    """The position of the first token of each token's document, for `attention`; a document is a run of equal numbers."""
+    return pallas_kernels.document_starts(segments_BT)
+
+
 @jax.named_scope('attend')
 def attention(
     q_BTHN: Float[Array, 'B T H N'],
@@ -209,23 +214,25 @@ def attention(
     k_rope_BSR: Float[Array, 'B S R'],
     v_BSHU: Float[Array, 'B S H U'],
     scale: float,
+    first_BT: Int[Array, 'B T'] | None,
     positions_BT: Int[Array, 'B T'] | None,
-    segments_BT: Int[Array, 'B T'] | None,
     precision: PrecisionConfig,
+    keep_output: bool = True,
 ) -> tuple[Float[Array, 'B T H U'], E5M6 | None]:
-    """`softmax(scale * (q k + q_rope k_rope)) v` over the keys up to each query's position, or in its segment.
+    """`softmax(scale * (q k + q_rope k_rope)) v` over the keys from a first one, or from key 0, up to each query's position.
 
     Without positions, query t sees the keys up to t. Scores are never kept for the backward pass, nor held for more than a
     block of queries. Under 'fp8' that pass keeps the output in 12 bits a value, for its gradient and for that of the layer
-    that reads it, and returns that too: where there are no positions and H U is a multiple of 128.
+    that reads it, and returns that too: where H U is a multiple of 128, and `keep_output` says that such a pass may come.
     """
     if not q_BTHN.size:
         return jnp.zeros((*q_BTHN.shape[:3], v_BSHU.shape[3]), v_BSHU.dtype), None
     inputs = q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU
-    if precision.recipe == 'fp8' and positions_BT is None and math.prod(v_BSHU.shape[2:]) % BLOCK == 0:
-        out_BTHU, _, kept = pallas_kernels.flash_mla_e5m6(*inputs, scale=scale, segments_BT=segments_BT)
+    options: Any = {'scale': scale, 'first_BT': first_BT, 'positions_BT': positions_BT}
+    if precision.recipe == 'fp8' and keep_output and math.prod(v_BSHU.shape[2:]) % BLOCK == 0:
+        out_BTHU, _, kept = pallas_kernels.flash_mla_e5m6(*inputs, **options)
         return out_BTHU, kept
-    return pallas_kernels.flash_mla(*inputs, scale=scale, segments_BT=segments_BT, positions_BT=positions_BT)[0], None
+    return pallas_kernels.flash_mla(*inputs, **options)[0], None
 
 
 @jax.named_scope('attend')

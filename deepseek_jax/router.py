@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax import ops
 from deepseek_jax.config import MoEConfig
+from deepseek_jax.sharding import ALONE, ContextParallel
 
 PARAMETER_NAMES = ('w_router_DE', 'router_bias_E')
 
@@ -67,15 +68,19 @@ def update_bias(
 
 
 @jax.named_scope('route')
-def balance_loss(affinity_BTE: Float[Array, 'B T E'], top_k: int) -> Float[Array, '']:
+def balance_loss(
+    affinity_BTE: Float[Array, 'B T E'], top_k: int, context: ContextParallel = ALONE.context
+) -> Float[Array, '']:
     """The sequence-wise balance loss without its weight alpha, mean over sequences [eq. 17-20].
 
     `sum_i f_i P_i`, where `f_i = E / (K T) * count(i in TopK(s))` counts the best of the unbiased affinity, and
-    `P_i` is the mean over the sequence of `s_i / sum_j s_j`.
+    `P_i` is the mean over the sequence of `s_i / sum_j s_j`. Of sequences cut over devices the counts are
+    those of the whole, and `P_i` is the share of the tokens that are here: what devices return adds up.
     """
-    num_experts = affinity_BTE.shape[-1]
+    num_experts, length = affinity_BTE.shape[-1], context.devices * affinity_BTE.shape[1]
     normalised_BTE = affinity_BTE / affinity_BTE.sum(axis=-1, keepdims=True)
     best_BTK = jax.lax.top_k(jax.lax.stop_gradient(affinity_BTE), top_k)[1]
-    count_BE = jax.vmap(lambda best_TK: expert_load(best_TK, num_experts))(best_BTK)
-    fraction_BE = count_BE * (num_experts / (top_k * affinity_BTE.shape[1]))
-    return jnp.mean(jnp.sum(fraction_BE * normalised_BTE.mean(axis=1), axis=-1))
+    # Kept, so that devices need not add them up again.
+    count_BE = ops.keep(context.sum(jax.vmap(lambda best_TK: expert_load(best_TK, num_experts))(best_BTK)))
+    fraction_BE = count_BE * (num_experts / (top_k * length))
+    return jnp.mean(jnp.sum(fraction_BE * (normalised_BTE.sum(axis=1) / length), axis=-1))

@@ -3,10 +3,11 @@
 A parameter's sharding is read off its name: `w_up_EDF` of stacked layers is sharded `P(None, 'expert', 'fsdp')`.
 Axes are of type Auto: the compiler places the collectives.
 
-  data    replicates parameters, splits the batch
-  fsdp    splits parameters and the batch
-  node    splits the experts and the batch: nodes that the experts of one copy lie on
-  expert  splits the experts of a node and the batch
+  data     replicates parameters, splits the batch
+  fsdp     splits parameters and the batch
+  node     splits the experts and the batch: nodes that the experts of one copy lie on
+  expert   splits the experts of a node and the batch
+  context  splits the tokens of each sequence
 """
 
 import dataclasses
@@ -15,15 +16,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Num, Shaped
 
 from deepseek_jax import names
 from deepseek_jax.config import MoEConfig
 
 EXPERT_AXES = ('node', 'expert')
-AXES = ('data', 'fsdp', *EXPERT_AXES)
-BATCH = PartitionSpec(AXES)
-"""The batch, a leading B axis, is split over every mesh axis."""
+ROW_AXES = ('data', 'fsdp', *EXPERT_AXES)
+CONTEXT_AXIS = 'context'
+AXES = (*ROW_AXES, CONTEXT_AXIS)
+BATCH = PartitionSpec(ROW_AXES)
+"""The batch, a leading B axis, is split over every mesh axis but the last; its rows are whole sequences."""
 
 _PREFERENCE = 'DVFQCHNUR'
 """The letter that takes the fsdp axis is the first of these among a matrix's letters."""
@@ -67,16 +72,74 @@ class ExpertParallel:
 
 
 @dataclasses.dataclass(frozen=True)
+class ContextParallel:
+    """Sequences whose tokens lie on many devices: for functions inside `jax.shard_map`, unless there is one device.
+
+    A sequence is cut in two chunks for each of n devices, and device i has chunks i and 2n - 1 - i: attention to what came
+    before is then the same work for all of them.
+
+      n = 3:   chunk    0  1  2  3  4  5
+               device   0  1  2  2  1  0
+
+    Attributes:
+      devices: n, along mesh axis `context`. One has all, and nothing is exchanged.
+    """
+
+    devices: int = 1
+
+    def positions(self, length: int) -> Int[Array, ' t']:
+        """Of this device's tokens in a sequence of so many, ascending, int32.
+
+        Raises:
+          ValueError: the sequence cannot be cut into 2n chunks.
+        """
+        if self.devices == 1:
+            return jnp.arange(length)
+        if length % (chunks := 2 * self.devices):
+            raise ValueError(
+                f'{length=} of a sequence must be a multiple of {chunks}, two chunks a device of the context'
+            )
+        early = jax.lax.axis_index(CONTEXT_AXIS)
+        start_2 = jnp.stack([early, chunks - 1 - early]) * (length // chunks)
+        return (start_2[:, None] + jnp.arange(length // chunks)).reshape(-1)
+
+    def part(self, x: Shaped[Array, '...'], axis: int = 1) -> Shaped[Array, '...']:
+        """What belongs to this device's tokens; the axis is that of the T tokens of whole sequences."""
+        return x if self.devices == 1 else jnp.take(x, self.positions(x.shape[axis]), axis=axis)
+
+    @jax.named_scope(CONTEXT_AXIS)
+    def whole(self, x_BTD: Num[Array, 'B t D']) -> Num[Array, 'B T D']:
+        """The tokens of whole sequences, in their order, from each device's: an all-gather.
+
+        Gradients are added up over the devices and cut (a reduce-scatter), in the dtype of x. XLA's CPU back end widens both to
+        float32.
+        """
+        if self.devices == 1:
+            return x_BTD
+        B, t, D = x_BTD.shape
+        parts_iBkcD = jax.lax.all_gather(x_BTD.reshape(B, 2, t // 2, D), CONTEXT_AXIS)
+        early_jBcD, late_jBcD = parts_iBkcD[:, :, 0], parts_iBkcD[::-1, :, 1]
+        return jnp.concatenate([early_jBcD, late_jBcD]).swapaxes(0, 1).reshape(B, -1, D)
+
+    @jax.named_scope(CONTEXT_AXIS)
+    def sum(self, x: Num[Array, '...']) -> Num[Array, '...']:
+        """The sum over the devices that a sequence lies on."""
+        return x if self.devices == 1 else jax.lax.psum(x, CONTEXT_AXIS)
+
+
+@dataclasses.dataclass(frozen=True)
 class Parallel:
     """What a function that `jax.shard_map` maps over devices has to fetch from the others.
 
     Attributes:
       experts: how rows get to experts on other devices; None if every device has all.
       gather: blocks find their parameters cut over `fsdp`, and make them whole where they use them; else they are whole.
+      context: which tokens of a sequence are here, and how all of them are seen.
     """
 
     experts: ExpertParallel | None = None
     gather: bool = False
+    context: ContextParallel = ContextParallel()
 
 
 ALONE = Parallel()
@@ -84,13 +147,20 @@ ALONE = Parallel()
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, expert: int = 1, node: int = 1, devices: Sequence[Any] | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    node: int = 1,
+    context: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh with axes `AXES`. Raises `ValueError` if their product is not the device count."""
     devices = jax.devices() if devices is None else devices
-    sizes = (data, fsdp, node, expert)
+    sizes = (data, fsdp, node, expert, context)
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
-        raise ValueError(f'make_mesh: {data=} x {fsdp=} x {node=} x {expert=} must equal the {len(devices)} devices')
+        raise ValueError(
+            f'make_mesh: {data=} x {fsdp=} x {node=} x {expert=} x {context=} must equal the {len(devices)} devices'
+        )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

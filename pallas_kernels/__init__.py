@@ -12,6 +12,7 @@ from pallas_kernels.expert_ffn_bf16.api import expert_ffn_bf16
 from pallas_kernels.expert_ffn_fp8.api import ExpertWeights, expert_ffn_fp8, quantize_experts
 from pallas_kernels.ffn_fp8.api import ffn_fp8
 from pallas_kernels.flash_mla.api import flash_mla, flash_mla_e5m6
+from pallas_kernels.flash_mla.sight import document_starts
 from pallas_kernels.fp8 import Quantized
 from pallas_kernels.gemm_fp8.api import gemm_fp8, wgrad_fp8
 from pallas_kernels.grouped_gemm.api import grouped_gemm
@@ -44,6 +45,7 @@ __all__ = [
     'Routes',
     'decode_mla',
     'dequantize_e5m6',
+    'document_starts',
     'exchange',
     'expert_ffn_bf16',
     'expert_ffn_fp8',

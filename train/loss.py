@@ -104,7 +104,11 @@ def objective(
       mtp_weight: lambda; the modules run whatever its value.
       whole: totals of the batch that this one is a part of: all that is returned, gradients too, is then the part's
         share. None: the batch is whole.
-      parallel: this is mapped over devices, and `params` has what of them is this one's.
+      parallel: this is mapped over devices, and `params` has what of them is this one's. Rows are whole; of sequences
+        that are cut over devices, the share of this one's tokens is returned.
+
+    Raises:
+      ValueError: T cannot be cut as `parallel.context` says.
     """
     whole = totals(batch, model) if whole is None else whole
     tokens, segments = batch['tokens'], batch['segments']
@@ -114,7 +118,8 @@ def objective(
     hidden_LBTD = states.hidden_BTD[None]
     if states.mtp_LBTD is not None:
         hidden_LBTD = jnp.concatenate([hidden_LBTD, states.mtp_LBTD])
-    targets_LBT, weights_LBT = _targets(batch, model.mtp_depth)
+    # Found in whole rows: the next tokens may lie on another device.
+    targets_LBT, weights_LBT = (parallel.context.part(x, axis=2) for x in _targets(batch, model.mtp_depth))
     factors = [1 / whole.weight, *(mtp_weight / (model.mtp_depth * weight) for weight in whole.mtp_weights)]
     # All heads in one call: the gradient of the one matrix that they share is then added up in one place.
     prediction_loss, nats_N = cross_entropy(

@@ -1,18 +1,24 @@
 """Training on many devices: where the state and the batch lie, and what devices exchange for a gradient.
 
-  state     parameters and both moments, cut over `fsdp`, experts also over `node` and `expert`; copies over `data`
-  batch     rows, cut over all axes
+  state     parameters and both moments, cut over `fsdp`, experts also over `node` and `expert`; copies over `data` and `context`
+  batch     rows, cut over all axes but `context`; copies over that one, of which each device takes its own tokens
 
-  a step    gather parameters over `fsdp`     each device: gradient of its rows     add up over `data`, add up and cut over `fsdp`
-            (all-gather)                      (no exchange: kernels see whole        (all-reduce, reduce-scatter)
-                                              matrices and their own rows)
+  a step    gather parameters over `fsdp`     each device: gradient of its tokens   add up over `data` and `context`,
+            (all-gather)                      (kernels see whole matrices)          add up and cut over `fsdp`
+                                                                                    (all-reduce, reduce-scatter)
 
 Parameters are gathered once a step, whatever the number of microbatches: what optimizers keep, and masters, take a share of each
 device's memory (ZeRO-1 and 2), gathered parameters and a step's gradient all of theirs. Or blocks gather theirs where they use
 them (ZeRO-3, `deepseek_jax.gather`), and gradients are added up and cut block by block: whole ones of one block exist at a
 time, and travel once for each microbatch and pass. Experts stay where they are, and rows of
-tokens travel to them (`deepseek_jax.sharding.ExpertParallel`), so their gradients are whole but for `data` and `fsdp`. Every
-device's loss is its share of the batch's, so all that is exchanged beside is added up.
+tokens travel to them (`deepseek_jax.sharding.ExpertParallel`), so their gradients are whole but for `data`, `fsdp` and
+`context`. Every device's loss is its share of the batch's, so all that is exchanged beside is added up.
+
+Long sequences are cut over `context` (`deepseek_jax.sharding.ContextParallel`). What follows and what precedes a token, its target
+and its document, is read off the whole row. Else it meets others in attention only: there the normalised latents and rotated keys of the
+sequence are gathered, C + R values a token, in every layer's forward pass and where that is computed again, and every device
+projects them up; their gradients are added up and cut. Between the passes a block keeps its own tokens only: under 'paper' and
+'full', while 'dots' keeps products, the keys and values of whole sequences among them.
 """
 
 import dataclasses
@@ -24,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from deepseek_jax import names, sharding
 from deepseek_jax.config import check_types, require_positive
-from deepseek_jax.sharding import ExpertParallel, Parallel
+from deepseek_jax.sharding import ContextParallel, ExpertParallel, Parallel
 
 
 class Layout(NamedTuple):
@@ -37,6 +43,11 @@ class Layout(NamedTuple):
 
     mesh: Mesh
     parallel: Parallel = sharding.ALONE
+
+    @property
+    def row_devices(self) -> int:
+        """Devices that the rows of a batch are cut over."""
+        return self.mesh.size // self.parallel.context.devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +62,7 @@ class MeshConfig:
       capacity_factor: what a device has room for, as a multiple of what comes to it when all experts are used evenly; what
         exceeds it is not computed, and counted in the metrics. None makes room for everything.
       zero: what of ZeRO there is: 1, parameters are gathered once a step; 3, those of each block where it uses them.
+      context: devices that each sequence is cut over, for sequences whose activations exceed one device.
     """
 
     data: int = 1
@@ -59,10 +71,11 @@ class MeshConfig:
     expert_nodes: int = 1
     capacity_factor: float | None = None
     zero: Literal[1, 3] = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_positive(self, 'data', 'fsdp', 'expert', 'expert_nodes', 'capacity_factor')
+        require_positive(self, 'data', 'fsdp', 'expert', 'expert_nodes', 'capacity_factor', 'context')
         if self.expert % self.expert_nodes:
             raise ValueError(f'MeshConfig.expert={self.expert} must be a multiple of {self.expert_nodes=}')
         if self.capacity_factor is not None and self.expert == 1:
@@ -70,7 +83,12 @@ class MeshConfig:
 
     @property
     def size(self) -> int:
-        """Devices in all; every batch and microbatch is cut into as many parts."""
+        """Devices in all."""
+        return self.row_devices * self.context
+
+    @property
+    def row_devices(self) -> int:
+        """Devices that the rows of every batch and microbatch are cut over."""
         return self.data * self.fsdp * self.expert
 
     def make(self, devices: Sequence[Any] | None = None) -> Layout | None:
@@ -78,8 +96,8 @@ class MeshConfig:
         devices = jax.devices() if devices is None else devices
         if self.size > len(devices):
             raise ValueError(
-                f'MeshConfig: data={self.data} x fsdp={self.fsdp} x expert={self.expert} are {self.size} devices, '
-                f'there are {len(devices)}'
+                f'MeshConfig: data={self.data} x fsdp={self.fsdp} x expert={self.expert} x context={self.context} are '
+                f'{self.size} devices, there are {len(devices)}'
             )
         if self.size == 1:
             return None
@@ -88,11 +106,12 @@ class MeshConfig:
             fsdp=self.fsdp,
             node=self.expert_nodes,
             expert=self.expert // self.expert_nodes,
+            context=self.context,
             devices=devices[: self.size],
         )
         hops = tuple(axis for axis in sharding.EXPERT_AXES if mesh.shape[axis] > 1)
         experts = ExpertParallel(hops, self.capacity_factor) if hops else None
-        return Layout(mesh, Parallel(experts, gather=self.zero == 3))
+        return Layout(mesh, Parallel(experts, gather=self.zero == 3, context=ContextParallel(self.context)))
 
 
 def places(tree: Any, params: Any, layout: Layout | None) -> Any:

@@ -211,5 +211,5 @@ def _size(count: int) -> str:
 def _origin(scope: str) -> str:
     """What a collective is for, of the names that the program gives its parts."""
     backward = ', backward' if 'transpose(' in scope else ''
-    found = re.search(r'\b(dispatch|collect|gather|reduce)\b', scope)
+    found = re.search(r'\b(dispatch|collect|context|gather|reduce)\b', scope)
     return ('sums' if found is None else found[1]) + backward

@@ -56,6 +56,7 @@ EMBEDDING = 'embedding'
 LOSS = 'head and loss'
 OPTIMIZER = 'optimizer and accumulation'
 DISPATCH = 'tokens on their way to experts and back, exposed'
+CONTEXT = 'keys of other devices, exposed'
 GATHER = 'parameters gathered, exposed'
 REDUCE = 'gradients reduced, exposed'
 COLLECTIVES = 'other collectives, exposed'
@@ -63,7 +64,7 @@ COPIES = 'copies and fills, exposed'
 OTHER = 'other'
 IDLE = 'idle'
 
-BEHIND = (DISPATCH, GATHER, REDUCE, COLLECTIVES, COPIES)
+BEHIND = (DISPATCH, CONTEXT, GATHER, REDUCE, COLLECTIVES, COPIES)
 """Parts whose time counts only where nothing else runs."""
 
 
@@ -112,6 +113,7 @@ RULES = (
     Rule(QUANTISE, kernel='^(re)?quantize_'),
     Rule(SWIGLU, kernel='^swiglu_quantize'),
     Rule(DISPATCH, kernel=_COLLECTIVE, scope=_within('dispatch', 'collect')),
+    Rule(CONTEXT, kernel=_COLLECTIVE, scope=_within('context')),
     Rule(GATHER, kernel=_COLLECTIVE, scope=_within('gather')),
     Rule(REDUCE, kernel=_COLLECTIVE, scope=_within('reduce')),
     Rule(COLLECTIVES, kernel=_COLLECTIVE),

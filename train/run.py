@@ -82,7 +82,8 @@ def train(
       eval_every: steps between evaluations on held-out text; the last step is always evaluated.
       eval_rows: held-out sequences an evaluation reads.
       seed: of the initial parameters and the order of the data.
-      mesh: the devices to train on. Batches, microbatches too, must be multiples of their number.
+      mesh: the devices to train on. Batches, microbatches too, must be multiples of the number that rows are cut over, and the
+        sequence length one of twice the number that each sequence is.
       batch_ramp: smaller batches at the beginning; `batch_size` is the final size.
       microbatch_size: sequences whose activations are in memory at a time; it divides every batch, and None is the
         whole batch. The result is the same up to rounding.
@@ -160,7 +161,7 @@ def train(
         batch_sizes=_batch_sizes(total_steps, batch_size, sequence_length, batch_ramp),
         sequence_length=sequence_length,
         eval_rows=eval_rows,
-        eval_batch_size=_round_up(min(microbatch_size or batch_size, eval_rows), mesh.size),
+        eval_batch_size=_round_up(min(microbatch_size or batch_size, eval_rows), mesh.row_devices),
         total_steps=total_steps,
         total_tokens=tokens,
         resume_step=progress.step,
@@ -304,15 +305,24 @@ def _check_mesh(arguments: dict[str, Any]) -> None:
     mesh, microbatch_size = arguments['mesh'], arguments['microbatch_size']
     if mesh.expert > 1 and arguments['model'].moe is None:
         raise ValueError(f'train.mesh has expert={mesh.expert}, and the model has no experts')
-    if mesh.zero == 3 and arguments['model'].remat == 'none':
-        raise ValueError("train.mesh has zero=3, and ModelConfig.remat='none' would keep what each block gathers")
+    if mesh.context > 1 and arguments['sequence_length'] % (2 * mesh.context):
+        raise ValueError(
+            f'train.sequence_length={arguments["sequence_length"]} must be a multiple of {2 * mesh.context}: two chunks for each of '
+            f'the context={mesh.context} devices of train.mesh that sequences are cut over'
+        )
     sizes = _batch_sizes(*(arguments[name] for name in ('total_steps', 'batch_size', 'sequence_length', 'batch_ramp')))
     for size in (*sizes, *(() if microbatch_size is None else (microbatch_size,))):
-        if size % mesh.size:
+        if size % mesh.row_devices:
             raise ValueError(
-                f'train.mesh has {mesh.size} devices (data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert}): batches '
-                f'and microbatches must be multiples of that, and {size} is not'
+                f'train.mesh has {mesh.row_devices} devices (data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert}) that rows '
+                f'are cut over: batches and microbatches must be multiples of that, and {size} is not'
             )
+    if mesh.zero == 3 and arguments['model'].remat == 'none':
+        raise ValueError("train.mesh has zero=3, and ModelConfig.remat='none' would keep what each block gathers")
+    if mesh.context > 1 and arguments['model'].remat == 'none':
+        raise ValueError(
+            f"train.mesh has context={mesh.context}, and ModelConfig.remat='none' would keep keys and values of whole sequences"
+        )
 
 
 def _round_up(size: int, multiple: int) -> int:

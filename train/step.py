@@ -115,8 +115,8 @@ def batch_gradients(
     in float32 to that of the batch: each part's terms are divided by what the whole batch's are. The size must divide
     the batch's. With a layout each device takes its rows of every part, and the gradient is cut as the parameters are.
     """
-    axes = () if layout is None else sharding.AXES
-    size = microbatch_size if microbatch_size is None or layout is None else microbatch_size // layout.mesh.size
+    axes = () if layout is None else sharding.ROW_AXES
+    size = microbatch_size if microbatch_size is None or layout is None else microbatch_size // layout.row_devices
     share = sharding.ALONE if layout is None else layout.parallel
 
     def gradients_of(params: Any, batch: Mapping[str, Array], mtp_weight: Array | float) -> tuple[Any, tuple]:
@@ -182,7 +182,7 @@ def eval_step(
         return objective(params, batch, model, config, 0.0)[1]
 
     def losses(params: Any, batch: Mapping[str, Array]) -> tuple[None, Losses]:
-        whole = totals(batch, model, sharding.AXES)
+        whole = totals(batch, model, sharding.ROW_AXES)
         return None, objective(params, batch, model, config, 0.0, whole, layout.parallel)[1]
 
     return parallel.over_devices(losses, layout, params, gradients=False)(params, dict(batch))[1]

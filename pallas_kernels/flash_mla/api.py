@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.flash_mla import reference, sm90
 from pallas_kernels.flash_mla.reference import Inputs
-from pallas_kernels.flash_mla.sight import Sight, of_documents, of_positions
+from pallas_kernels.flash_mla.sight import Sight, causal, of_positions
 from pallas_kernels.fp8 import BLOCK
 from pallas_kernels.implementation import Implementation, choose, once
 from pallas_kernels.quantize_fp8.api import E5M6, dequantize_e5m6, quantize_e5m6
@@ -35,7 +35,7 @@ def flash_mla(
     v_BSHU: Float[Array, 'B S H U'],
     *,
     scale: float,
-    segments_BT: Int[Array, 'B T'] | None = None,
+    first_BT: Int[Array, 'B T'] | None = None,
     positions_BT: Int[Array, 'B T'] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'B T H U'], Float32[Array, 'B H T']]:
@@ -46,22 +46,21 @@ def flash_mla(
     Args:
       q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU: float32 or bfloat16, all of one type, none empty.
       scale: of the scores, positive.
-      segments_BT: numbers of documents, for T = S; a query sees keys of its own document only. A document is a run of
-        equal numbers. None: one document.
-      positions_BT: a query sees the keys up to this one, itself included: those of a cached prefix, say; one before the
-        first key sees none. None: its own number, for T = S.
+      first_BT: a query sees the keys from this one on: the first one of its document, say (`document_starts`). None: from
+        key 0.
+      positions_BT: a query sees the keys up to this one, itself included: those of a cached prefix, or those before it of a
+        sequence of which some queries are here; one before the first key sees none. None: its own number, for T = S.
       implementation: None takes the Hopper kernels on a Hopper GPU and the reference elsewhere.
 
     Raises:
-      ValueError: shapes or types do not fit together, queries and keys differ in number and there are no positions, or
-        there are positions and segments.
+      ValueError: shapes or types do not fit together, or queries and keys differ in number and there are no positions.
       NotImplementedError: 'pallas' was asked for and the inputs are not bfloat16 of widths N = 128, R = 64, U = 128, or
         there is no Hopper GPU.
     """
     x = Inputs(q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU)
-    _check(x, scale, segments_BT, positions_BT)
+    _check(x, scale, first_BT, positions_BT)
     call = _Call(scale, choose('flash_mla', implementation, lambda: sm90.refusal(x)), keep_e5m6=False)
-    out_BTHU, lse_BHT, _ = _attend(call, x, _sight(x, segments_BT, positions_BT))  # pyright: ignore[reportGeneralTypeIssues]
+    out_BTHU, lse_BHT, _ = _attend(call, x, _sight(x, first_BT, positions_BT))  # pyright: ignore[reportGeneralTypeIssues]
     return out_BTHU, lse_BHT
 
 
@@ -73,7 +72,8 @@ def flash_mla_e5m6(
     v_BSHU: Float[Array, 'B S H U'],
     *,
     scale: float,
-    segments_BT: Int[Array, 'B T'] | None = None,
+    first_BT: Int[Array, 'B T'] | None = None,
+    positions_BT: Int[Array, 'B T'] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 'B T H U'], Float32[Array, 'B H T'], E5M6]:
     """Returns what `flash_mla` does, and the output in 12 bits a value, which is what the backward pass keeps of it.
@@ -82,20 +82,21 @@ def flash_mla_e5m6(
     gradient goes through it. Arguments and errors are those of `flash_mla`; H U must be a multiple of 128.
     """
     x = Inputs(q_BTHN, q_rope_BTHR, k_BSHN, k_rope_BSR, v_BSHU)
-    _check(x, scale, segments_BT, None)
+    _check(x, scale, first_BT, positions_BT)
     if (width := math.prod(v_BSHU.shape[2:])) % BLOCK:
         raise ValueError(f'flash_mla_e5m6: H U = {width} must be a multiple of {BLOCK}')
     call = _Call(scale, choose('flash_mla', implementation, lambda: sm90.refusal(x)), keep_e5m6=True)
-    return _attend(call, x, _sight(x, segments_BT, None))  # pyright: ignore[reportReturnType]
+    return _attend(call, x, _sight(x, first_BT, positions_BT))  # pyright: ignore[reportReturnType]
 
 
-def _sight(x: Inputs, segments: Array | None, positions: Array | None) -> Sight | None:
-    if segments is not None:
-        return of_documents(segments)
-    return None if positions is None else of_positions(positions, x.k_BSHN.shape[1])
+def _sight(x: Inputs, first: Array | None, positions: Array | None) -> Sight | None:
+    if first is None and positions is None:
+        return None
+    positions = causal(*x.q_BTHN.shape[:2]).last_BT if positions is None else positions
+    return of_positions(positions, x.k_BSHN.shape[1], first)
 
 
-def _check(x: Inputs, scale: float, segments: Array | None, positions: Array | None) -> None:
+def _check(x: Inputs, scale: float, first: Array | None, positions: Array | None) -> None:
     def refuse(what: str) -> None:
         raise ValueError(f'flash_mla: {what}')
 
@@ -116,11 +117,9 @@ def _check(x: Inputs, scale: float, segments: Array | None, positions: Array | N
         refuse(f'rotary keys {k_rope.shape} must be (B, S, R) = {(B, S, q_rope.shape[3])}')
     if v.shape[:3] != (B, S, H):
         refuse(f'values {v.shape} must begin with (B, S, H) = {(B, S, H)}, as keys {k.shape}')
-    if segments is not None and positions is not None:
-        refuse('segments and positions exclude each other')
     if positions is None and T != S:
         refuse(f'{T} queries of {S} keys need positions')
-    for name, numbers in (('segments', segments), ('positions', positions)):
+    for name, numbers in (('first keys', first), ('positions', positions)):
         if numbers is not None and (numbers.shape != (B, T) or not jnp.issubdtype(numbers.dtype, jnp.integer)):
             refuse(f'{name} are {numbers.dtype}{numbers.shape}, they must be integers {(B, T)}')
     if not scale > 0:

@@ -34,17 +34,22 @@ def causal(batch: int, length: int) -> Sight:
     return Sight(jnp.zeros_like(last_BT), last_BT)
 
 
-def of_documents(segments_BT: Int[Array, 'B T']) -> Sight:
-    """Query t sees the keys up to t of its document, which is a run of equal numbers."""
-    sight = causal(*segments_BT.shape)
+def document_starts(segments_BT: Int[Array, 'B T']) -> Int32[Array, 'B T']:
+    """The first token of each token's document, which is a run of equal numbers."""
+    tokens_BT = causal(*segments_BT.shape).last_BT
     begins_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
-    return sight._replace(first_BT=jax.lax.cummax(jnp.where(begins_BT, sight.last_BT, 0), axis=1))
+    return jax.lax.cummax(jnp.where(begins_BT, tokens_BT, 0), axis=1)
 
 
-def of_positions(positions_BT: Int[Array, 'B T'], keys: int) -> Sight:
-    """A query sees the keys up to a position, of so many."""
+def of_documents(segments_BT: Int[Array, 'B T']) -> Sight:
+    """Query t sees the keys up to t of its document."""
+    return causal(*segments_BT.shape)._replace(first_BT=document_starts(segments_BT))
+
+
+def of_positions(positions_BT: Int[Array, 'B T'], keys: int, first_BT: Int[Array, 'B T'] | None = None) -> Sight:
+    """A query sees the keys up to a position, of so many, from a first one or from key 0."""
     last_BT = jnp.clip(positions_BT, -1, keys - 1).astype(jnp.int32)
-    return Sight(jnp.zeros_like(last_BT), last_BT)
+    return Sight(jnp.zeros_like(last_BT) if first_BT is None else jnp.maximum(first_BT, 0).astype(jnp.int32), last_BT)
 
 
 def key_ranges(sight: Sight, rows: int, keys: int, total: int) -> Int32[Array, 'B i 4']:

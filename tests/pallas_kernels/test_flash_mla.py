@@ -45,6 +45,20 @@ def causal(T):
     return np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T))
 
 
+def documents(T, count, seed=0):
+    """Segments of so many documents, cut at random, numbered in any order."""
+    rng = np.random.default_rng([T, count, seed])
+    cuts = np.sort(rng.integers(1, max(T, 2), (B, count - 1)), axis=1)
+    order = np.stack([rng.permutation(count) for _ in range(B)])
+    return np.take_along_axis(order, (np.arange(T)[None, :, None] >= cuts[:, None]).sum(-1), axis=1).astype(np.int32)
+
+
+def zigzag(T, S):
+    """Positions of T queries of each of two devices, a row each: one has both ends of S tokens, the other the middle."""
+    ends = np.r_[: T // 2, S - (T - T // 2) : S]
+    return np.stack([ends, T // 2 + np.arange(T)]).astype(np.int32)
+
+
 def cases():
     rng = np.random.default_rng(0)
     for T in (1, 15, 16, 17, 50):
@@ -52,7 +66,15 @@ def cases():
     cuts = np.sort(rng.integers(0, 50, (B, 4)), axis=1)
     segments = (np.arange(50)[None, :, None] >= cuts[:, None]).sum(-1).astype(np.int32)
     same = segments[:, :, None] == segments[:, None]
-    yield 'documents', 50, 50, {'segments_BT': jnp.asarray(segments)}, causal(50) & same
+    starts = sight.document_starts(jnp.asarray(segments))
+    yield 'documents', 50, 50, {'first_BT': starts}, causal(50) & same
+    positions = zigzag(26, 52)
+    starts = np.take_along_axis(np.asarray(sight.document_starts(jnp.asarray(documents(52, 4)))), positions, axis=1)
+    seen = np.arange(52) <= positions[..., None]
+    options = {'positions_BT': jnp.asarray(positions)}
+    yield 'zigzag', 26, 52, options, seen
+    seen = seen & (starts[..., None] <= np.arange(52))
+    yield 'zigzag-documents', 26, 52, {'first_BT': jnp.asarray(starts), **options}, seen
     positions = np.array([[20], [3]]) + np.arange(18)
     yield 'prefix', 18, 40, {'positions_BT': jnp.asarray(positions)}, np.arange(40) <= positions[..., None]
 
@@ -108,9 +130,11 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
 
 
 def test_a_document_is_a_run_of_equal_numbers():
-    seen = sight.of_documents(jnp.array([[3, 3, 1, 1, 1, 3, 0, 0]]))
+    segments_BT = jnp.array([[3, 3, 1, 1, 1, 3, 0, 0]])
+    seen = sight.of_documents(segments_BT)
     np.testing.assert_array_equal(seen.first_BT, [[0, 0, 2, 2, 2, 5, 6, 6]])
     np.testing.assert_array_equal(seen.last_BT, [range(8)])
+    np.testing.assert_array_equal(sight.document_starts(segments_BT), seen.first_BT)
 
 
 def test_what_a_query_does_not_see_does_not_count():
@@ -193,18 +217,10 @@ def test_bad_input_is_named(change, message):
         inspect.unwrap(flash_mla)(*change(inputs(8, 8)), scale=SCALE)
 
 
-def documents(T, count, seed=0):
-    """Segments of so many documents, cut at random, numbered in any order."""
-    rng = np.random.default_rng([T, count, seed])
-    cuts = np.sort(rng.integers(1, max(T, 2), (B, count - 1)), axis=1)
-    order = np.stack([rng.permutation(count) for _ in range(B)])
-    return np.take_along_axis(order, (np.arange(T)[None, :, None] >= cuts[:, None]).sum(-1), axis=1).astype(np.int32)
-
-
-@pytest.mark.parametrize('kind', ['causal', 'documents', 'prefix'])
+@pytest.mark.parametrize('kind', ['causal', 'documents', 'prefix', 'zigzag', 'zigzag-documents'])
 def test_ranges_of_blocks_hold_all_that_is_seen(kind):
     """Outside of a range nobody sees anything; where nothing is masked, everybody sees everything."""
-    T, S = 300, 420 if kind == 'prefix' else 300
+    T, S = 300, {'prefix': 420, 'zigzag': 600, 'zigzag-documents': 600}.get(kind, 300)
     seen = sights(kind, T, S) or sight.causal(B, T)
     first_BT, last_BT = map(np.asarray, seen)
     keys_S = np.arange(S)
@@ -246,6 +262,11 @@ def sights(kind, T, S):
         return None
     if kind == 'documents':
         return sight.of_documents(jnp.asarray(documents(T, min(8, T))))
+    if kind.startswith('zigzag'):
+        last_BT = jnp.asarray(zigzag(T, S))
+        starts_BS = sight.document_starts(jnp.asarray(documents(S, min(8, S))))
+        first_BT = jnp.take_along_axis(starts_BS, last_BT, axis=1) if kind == 'zigzag-documents' else None
+        return sight.of_positions(last_BT, S, first_BT)
     positions_BT = jnp.arange(T) + jnp.array([[S - T], [0]])
     return sight.of_positions(positions_BT.at[1, -1].set(-1), S)  # that one sees nothing
 
@@ -280,7 +301,10 @@ def assert_same_attention(ours, theirs):
         assert norm == 0 or 1 - 2 * np.sum(got * expected) / norm < 2e-4, label
 
 
-@pytest.mark.parametrize(('kind', 'T', 'S'), [('causal', 150, 150), ('documents', 200, 200), ('prefix', 66, 200)])
+@pytest.mark.parametrize(
+    ('kind', 'T', 'S'),
+    [('causal', 150, 150), ('documents', 200, 200), ('prefix', 66, 200), ('zigzag-documents', 140, 280)],
+)
 def test_interpreted_kernels_give_the_reference(kind, T, S, capfd, monkeypatch):
     monkeypatch.setattr(reference, 'BLOCK', 512)
     x, seen, d = served(T, S, heads=1), sights(kind, T, S), given(T, heads=1)
@@ -339,14 +363,17 @@ def test_a_kernel_asked_for_by_name_says_what_it_does_not_serve():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('T', [1, 63, 64, 65, 1000, 4096, 8192])
-@pytest.mark.parametrize('kind', ['causal', 'documents', 'prefix'])
+@pytest.mark.parametrize('kind', ['causal', 'documents', 'prefix', 'zigzag', 'zigzag-documents'])
 def test_gpu_kernels_give_the_reference(kind, T, monkeypatch):
     """Both passes, through the public function, in memory that held NaNs; the same bits twice."""
     monkeypatch.setattr(reference, 'BLOCK', 512)
-    S = 2 * T if kind == 'prefix' else T
+    S = T if kind in ('causal', 'documents') else 2 * T
     x, seen, d = served(T, S), sights(kind, T, S), given(T)
-    how = {'causal': {}, 'documents': {'segments_BT': jnp.asarray(documents(T, min(8, T)))}}
-    options = how.get(kind) if seen is None else how.get(kind, {'positions_BT': seen.last_BT})
+    options = {}
+    if seen is not None and 'documents' in kind:
+        options['first_BT'] = seen.first_BT
+    if seen is not None and S > T:
+        options['positions_BT'] = seen.last_BT
 
     def run(implementation, x, d):
         attend = functools.partial(flash_mla, scale=SCALE / 4, implementation=implementation, **options)

@@ -21,7 +21,12 @@ from train.step import as_batch, init_state
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs' / 'train' / 'tiny_cpu.gin'
 OVERRIDES = ['config.ModelConfig.num_layers = 2', 'config.ModelConfig.mtp_depth = 0', "PRECISION = 'bf16'"]
-MESH = ['parallel.MeshConfig.fsdp = 2', 'parallel.MeshConfig.expert = 4']
+MESH = [
+    'parallel.MeshConfig.fsdp = 2',
+    'parallel.MeshConfig.expert = 2',
+    'parallel.MeshConfig.context = 2',
+    "config.ModelConfig.remat = 'paper'",
+]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,10 +45,11 @@ def test_a_step_for_eight_gpus_holds_what_eight_devices_hold():
     argument_mb = float(re.search(r'memory a device: ([\d.]+) MB of state and batch', done.stdout)[1])  # pyright: ignore
     assert re.search(r'all-to-all +expert +dispatch', done.stdout)
     assert re.search(r'reduce-scatter +fsdp +reduce', done.stdout)
+    assert re.search(r'all-gather +context +context', done.stdout)
 
     loader.parse(CONFIG, OVERRIDES)
     model, optimizer = loader.call(ds.ModelConfig), loader.call(OptimizerConfig)
-    layout = MeshConfig(fsdp=2, expert=4).make()
+    layout = MeshConfig(fsdp=2, expert=2, context=2).make()
     shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), model, optimizer))
     state = init_state(jax.random.key(0), model, optimizer, places=parallel.places(shapes, shapes.params, layout))
     rows = {name: np.zeros((16, 128 + (name != 'weights')), np.int32) for name in ('tokens', 'segments', 'weights')}

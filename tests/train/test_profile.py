@@ -64,6 +64,8 @@ EXAMPLES = [
     ('ncclDevKernel_AllReduce_Sum_f32_RING_LL', 'jit(step)/psum', profile.COLLECTIVES),
     ('ncclDevKernel_SendRecv', 'jit(step)/jvp(DeepSeekV3)/experts/dispatch/all_to_all', profile.DISPATCH),
     ('ncclDevKernel_SendRecv', 'jit(step)/transpose(jvp(DeepSeekV3))/experts/collect/all_to_all', profile.DISPATCH),
+    ('ncclDevKernel_AllGather_RING_LL', f'{REMAT}/context/all_gather', profile.CONTEXT),
+    ('ncclDevKernel_ReduceScatter_Sum_bf16', 'transpose(jvp(DeepSeekV3))/context/reduce_scatter', profile.CONTEXT),
     ('ncclDevKernel_AllGather_RING_LL', 'jit(step)/shard_map/gather/all_gather', profile.GATHER),
     ('ncclDevKernel_ReduceScatter_Sum_f32_RING_LL', 'jit(step)/shard_map/reduce/reduce_scatter', profile.REDUCE),
     ('MemcpyD2D', '', profile.COPIES),

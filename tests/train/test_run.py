@@ -243,6 +243,12 @@ def test_choices_that_find_no_room_are_written_and_shown(start, tmp_path, capsys
         ({'mesh': MeshConfig(data=4), 'microbatch_size': 2}, 'train.mesh has 4 devices .* and 2 is not'),
         ({'mesh': MeshConfig(data=16), 'batch_size': 16}, 'are 16 devices, there are 8'),
         ({'mesh': MeshConfig(fsdp=2, zero=3)}, "zero=3, and ModelConfig.remat='none' would keep"),
+        ({'mesh': MeshConfig(context=2)}, "context=2, and ModelConfig.remat='none' would keep"),
+        (
+            {'mesh': MeshConfig(context=3), 'sequence_length': 16},
+            'sequence_length=16 must be a multiple of 6: two chunks .* context=3 devices',
+        ),
+        ({'mesh': MeshConfig(data=3, context=2)}, 'train.mesh has 3 devices .* and 4 is not'),
     ],
 )
 def test_mesh_that_cannot_share_the_batch_is_refused(start, tmp_path, changes, message):
