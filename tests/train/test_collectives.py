@@ -56,8 +56,8 @@ def test_a_schedule_is_read():
     scope = 'jit(step)/experts/dispatch/all_to_all'
     assert gather == Collective('all-gather', (), 2, 16 * 4 * 4 + 4 * 2, 1, '', 0, 1, 1)
     assert swap == Collective('all-to-all', ('expert',), 4, 128, 3, scope, 1, 1, 1)
-    assert reduce == Collective('all-reduce', (), 4, 8, 1, '', 0, 0, 0)
-    assert scatter == Collective('reduce-scatter', (), 2, 16, 1, '', 0, 0, 0)
+    assert reduce == Collective('all-reduce', (), 4, 8, 1, '', 0, 0, 1)
+    assert scatter == Collective('reduce-scatter', (), 2, 16, 1, '', 0, 0, 1)
     assert [one.sent_bytes for one in (gather, swap, reduce, scatter)] == [132, 96, 12, 16]
     with pytest.raises(ValueError, match='all-to-all-start is started and never done'):
         collectives(PROGRAM.replace('all-to-all-done(%all-to-all-start)', 'all-to-all-done(%other)'))
