@@ -39,7 +39,7 @@ class Progress:
     Attributes:
       step: optimizer steps taken.
       tokens: tokens seen.
-      next_row: rows this process has taken from its data iterator.
+      next_row: rows of the global order that all processes together have taken.
     """
 
     step: int = 0

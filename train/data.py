@@ -325,17 +325,16 @@ class HeldoutRows(Sequence[Row]):
 
 
 def training_rows(
-    corpus: Corpus, sequence_length: int, seed: int, process_index: int = 0, process_count: int = 1
+    corpus: Corpus, sequence_length: int, seed: int, share: int = 0, shares: int = 1, first_row: int = 0
 ) -> grain.DatasetIterator[Row]:
-    """An endless iterator over the rows `process_index + k * process_count` of the global order, read ahead in threads.
+    """An endless iterator over the rows `first_row + share + k * shares` of the global order, read ahead in threads.
 
-    `get_state()` is `{'next_index': k}`, k the number of rows taken; `set_state` continues from there exactly. With
-    another number of processes, set k to the rows taken by all of them divided by that number.
+    A run goes on, in any number of shares, with the rows that all of them had taken together as `first_row`.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f'{process_index=} must lie in 0..{process_count=}')
+    if not 0 <= share < shares or first_row < 0:
+        raise ValueError(f'{share=} must lie in 0..{shares=} and {first_row=} must not be negative')
     rows = grain.MapDataset.source(PackedRows(corpus, sequence_length, seed))
-    return iter(rows.slice(slice(process_index, None, process_count)).to_iter_dataset(READ_OPTIONS))
+    return iter(rows.slice(slice(first_row + share, None, shares)).to_iter_dataset(READ_OPTIONS))
 
 
 def batch(rows: Iterator[Row], size: int) -> Row:
@@ -348,20 +347,20 @@ def heldout_batches(
     sequence_length: int,
     size: int,
     max_rows: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: int = 0,
+    shares: int = 1,
 ) -> Iterator[Row]:
-    """This process's share of the held-out rows in batches of `size`, as many in every process.
+    """A share of the held-out rows in batches of `size`, as many in every share.
 
-    Process p takes rows p, p + process_count, ...; places left over are filled with rows of weight 0.
+    Share p has rows p, p + shares, ...; places left over are filled with rows of weight 0.
     """
-    if not 0 <= process_index < process_count or size < 1:
-        raise ValueError(f'{process_index=} must lie in 0..{process_count=} and {size=} must be positive')
+    if not 0 <= share < shares or size < 1:
+        raise ValueError(f'{share=} must lie in 0..{shares=} and {size=} must be positive')
     rows = HeldoutRows(corpus, sequence_length, max_rows)
     pad_id = corpus.tokenizer.pad_id
     filler = _row(np.empty(0, np.uint32), [], corpus.config.mask_documents, sequence_length + 1, pad_id)
-    for first in range(0, len(rows), size * process_count):
-        places = range(first + process_index, first + size * process_count, process_count)
+    for first in range(0, len(rows), size * shares):
+        places = range(first + share, first + size * shares, shares)
         yield _stack([rows[place] if place < len(rows) else filler for place in places])
 
 

@@ -1,6 +1,6 @@
 """Held-out text: how well parameters predict it, and which experts it goes to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,14 +35,19 @@ def evaluate(
     model: ds.ModelConfig,
     objective: ObjectiveConfig,
     layout: Layout | None = None,
+    add_up: Callable[[Sequence[int]], Sequence[int]] = lambda counts: counts,
 ) -> Heldout:
-    """The evaluation of parameters on batches of held-out rows, by `Tokenizer.byte_lengths()`."""
-    nats, weight, num_bytes, load, dropped = 0.0, 0.0, 0, 0, 0
+    """The evaluation of parameters on batches of held-out rows, by `Tokenizer.byte_lengths()`.
+
+    Where the batches are a process's share of the rows, `add_up` adds up what all processes have counted in theirs.
+    """
+    nats, weight, num_bytes, load, dropped = 0.0, 0, 0, 0, 0
     for rows in batches:
         losses = eval_step(params, as_batch(rows, layout), model=model, config=objective, layout=layout)
         nats += float(losses.nats)
-        weight += float(rows['weights'].sum())
+        weight += int(rows['weights'].sum())
         num_bytes += data.target_bytes(rows, byte_lengths)
         load = load + np.asarray(losses.load_LE, np.int64)
         dropped += int(losses.dropped)
+    weight, num_bytes = add_up([weight, num_bytes])
     return Heldout(data.bits_per_byte(nats, num_bytes), nats / weight, np.asarray(load), dropped)

@@ -12,13 +12,13 @@ import numpy as np
 
 import deepseek_jax as ds
 from train import data as data_lib
-from train import evaluation, plot
+from train import evaluation, parallel, plot, processes
 from train.checkpoint import Progress
 from train.compilation import StepPrograms
 from train.ema import MovingAverage
 from train.guard import GuardConfig, check_streak, why_skipped
 from train.loss import ObjectiveConfig
-from train.metrics import METRICS_FILE, TIMING_FILE, MetricsFile, ProgressDisplay, read_jsonl
+from train.metrics import METRICS_FILE, TIMING_FILE, MetricsFile, NoDisplay, NoFile, ProgressDisplay, read_jsonl
 from train.optimizer import OptimizerConfig
 from train.parallel import Layout
 from train.step import Hyperparameters, State, StepMetrics, as_batch
@@ -45,7 +45,8 @@ class Input(NamedTuple):
 
     Attributes:
       batch: its arrays.
-      num_tokens, num_bytes: targets, and the bytes of text that those with a weight stand for.
+      num_tokens: targets, of all processes together.
+      num_bytes: bytes of text that this process's targets with a weight stand for.
       progress: once it has been trained on.
     """
 
@@ -56,15 +57,18 @@ class Input(NamedTuple):
 
 
 def batches(
-    rows: Any, progress: Progress, total_steps: int, size: Callable[[int], int]
+    rows: Any, progress: Progress, total_steps: int, size: Callable[[int], int], shares: int = 1
 ) -> Iterator[tuple[data_lib.Row, Progress]]:
-    """Batches up to the last step, each with the progress once it has been trained on."""
+    """Batches up to the last step, each with the progress once it has been trained on.
+
+    Of batches whose rows are in several shares, `rows` gives those of one.
+    """
     while progress.step < total_steps:
-        batch = data_lib.batch(rows, size(progress.tokens))
+        batch = data_lib.batch(rows, size(progress.tokens) // shares)
         progress = Progress(
             step=progress.step + 1,
-            tokens=progress.tokens + batch['weights'].size,
-            next_row=progress.next_row + len(batch['weights']),
+            tokens=progress.tokens + batch['weights'].size * shares,
+            next_row=progress.next_row + len(batch['weights']) * shares,
         )
         yield batch, progress
 
@@ -75,6 +79,7 @@ class _Taken(NamedTuple):
     given: Input
     values: Hyperparameters
     metrics: StepMetrics
+    sums: processes.Sum
     waited: float
     compile_seconds: float | None
 
@@ -83,7 +88,12 @@ class _Taken(NamedTuple):
 class Loop:
     """One start of a run: takes steps and evaluations and writes down what they measured.
 
-    A step's measurements are read after the next step has been given to the device, so that it never waits.
+    A step's measurements are read after the next step has been given to the device, so that it never waits. Of several
+    processes each has a Loop, and that of the main one alone writes.
+
+    Attributes:
+      share: which share of the rows this process reads, and how many there are.
+      asked_to_stop: whether a process was, by the last step whose lines are written: the same one for all.
     """
 
     directory: pathlib.Path
@@ -102,12 +112,16 @@ class Loop:
     total_tokens: int
     resume_step: int
     layout: Layout | None = None
+    share: tuple[int, int] = (0, 1)
+    asked_to_stop: bool = dataclasses.field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._byte_lengths = self.corpus.tokenizer.byte_lengths()
-        self._metrics = MetricsFile(self.directory / METRICS_FILE, self.resume_step)
-        self._timing = MetricsFile(self.directory / TIMING_FILE, self.resume_step)
-        self._display = ProgressDisplay(self.total_steps, self.resume_step)
+        writes = processes.is_main()
+        self._metrics = MetricsFile(self.directory / METRICS_FILE, self.resume_step) if writes else NoFile()
+        self._timing = MetricsFile(self.directory / TIMING_FILE, self.resume_step) if writes else NoFile()
+        self._display = ProgressDisplay(self.total_steps, self.resume_step) if writes else NoDisplay()
+        self._sums = processes.Sums()
         self._programs = StepPrograms(
             model=self.model,
             optimizer=self.optimizer,
@@ -126,17 +140,18 @@ class Loop:
         """A batch on its way to the device; called in another thread."""
         rows, progress = batch
         num_bytes = data_lib.target_bytes(rows, self._byte_lengths)
-        return Input(as_batch(rows, self.layout), rows['weights'].size, num_bytes, progress)
+        return Input(as_batch(rows, self.layout), rows['weights'].size * self.share[1], num_bytes, progress)
 
-    def step(self, state: State, given: Input, waited: float) -> State:
-        """Takes a step with a batch that was waited for so many seconds."""
+    def step(self, state: State, given: Input, waited: float, stop: bool = False) -> State:
+        """Takes a step with a batch that was waited for so many seconds; `stop` says that this process was asked to."""
         values = self._hyperparameters(given)
         compile_seconds = None if self._programs.has(given.batch) else self._compile(state, given, values)
         state, metrics = self._programs(state, given.batch, values)
+        sums = self._sums.begin([self._counted(given.num_bytes), stop])
         if self.average is not None:
             self.average.step(state.params, given.progress.step)
         self.write_pending()
-        self._pending = _Taken(given, values, metrics, waited, compile_seconds)
+        self._pending = _Taken(given, values, metrics, sums, waited, compile_seconds)
         return state
 
     def launch_separately(self) -> None:
@@ -153,12 +168,14 @@ class Loop:
         """
         if self._pending is None:
             return
-        (given, values, metrics, waited, compile_seconds), self._pending = self._pending, None
+        (given, values, metrics, sums, waited, compile_seconds), self._pending = self._pending, None
         with self._programs.explained():
             losses, grad_norm, verdict = jax.device_get(metrics)
+        num_bytes, asked = sums.value()
+        self.asked_to_stop |= asked > 0
         step = given.progress.step
         load = np.asarray(losses.load_LE, np.float64)
-        bits_per_byte = data_lib.bits_per_byte(float(losses.nats), given.num_bytes) if given.num_bytes else None
+        bits_per_byte = data_lib.bits_per_byte(float(losses.nats), num_bytes) if num_bytes else None
         reason = why_skipped(verdict, float(grad_norm))
         self._metrics.write(
             step=step,
@@ -218,7 +235,8 @@ class Loop:
             **averaged,
         )
         self._display.message(text)
-        plot.plot_run(read_jsonl(self.directory / METRICS_FILE), self.directory / PLOT_FILE)
+        if processes.is_main():
+            plot.plot_run(read_jsonl(self.directory / METRICS_FILE), self.directory / PLOT_FILE)
         self._last_time = time.monotonic()
 
     def finish(self, step: int) -> Result:
@@ -245,10 +263,16 @@ class Loop:
         return {} if experts is None or experts.capacity_factor is None else {'dropped_choices': count}
 
     def _heldout(self, params: Any) -> evaluation.Heldout:
+        share, shares = self.share
         batches = data_lib.heldout_batches(
-            self.corpus, self.sequence_length, self.eval_batch_size, max_rows=self.eval_rows
+            self.corpus, self.sequence_length, self.eval_batch_size // shares, self.eval_rows, share, shares
         )
-        return evaluation.evaluate(params, batches, self._byte_lengths, self.model, self.objective, self.layout)
+        add_up = lambda counts: self._sums.begin([self._counted(count) for count in counts]).value()  # noqa: E731
+        return evaluation.evaluate(params, batches, self._byte_lengths, self.model, self.objective, self.layout, add_up)
+
+    def _counted(self, count: int) -> int:
+        """What this process adds to a sum over rows: nothing, if another one that has the same rows does."""
+        return count if parallel.is_first_of_share(self.layout) else 0
 
     def _compile(self, state: State, given: Input, values: Hyperparameters) -> float:
         # The step before must not wait for this to be read, nor its seconds count it.

@@ -46,6 +46,16 @@ class MetricsFile:
         self._file.close()
 
 
+class NoFile:
+    """In the place of a `MetricsFile`, where another process writes."""
+
+    def write(self, **values: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class ProgressDisplay:
     """A progress bar with loss, bits per byte, tokens/s and time left; lines of text when there is no terminal."""
 
@@ -94,3 +104,16 @@ class ProgressDisplay:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class NoDisplay:
+    """In the place of a `ProgressDisplay`, where another process has one."""
+
+    def update(self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

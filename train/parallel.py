@@ -22,6 +22,7 @@ projects them up; their gradients are added up and cut. Between the passes a blo
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -92,8 +93,18 @@ class MeshConfig:
         return self.data * self.fsdp * self.expert
 
     def make(self, devices: Sequence[Any] | None = None) -> Layout | None:
-        """The layout on the first devices; None of one device, which cuts nothing. Raises `ValueError` if there are not as many."""
-        devices = jax.devices() if devices is None else devices
+        """The layout on the first devices; None of one device, which cuts nothing.
+
+        Raises:
+          ValueError: there are not as many, or, of several processes, more.
+        """
+        if devices is None:
+            devices = jax.devices()
+            if jax.process_count() > 1 and self.size != len(devices):
+                raise ValueError(
+                    f'parallel.MeshConfig is of {self.size} devices (data={self.data} x fsdp={self.fsdp} x expert={self.expert} x '
+                    f'context={self.context}): {jax.process_count()} processes must train on all of their {len(devices)}'
+                )
         if self.size > len(devices):
             raise ValueError(
                 f'MeshConfig: data={self.data} x fsdp={self.fsdp} x expert={self.expert} x context={self.context} are '
@@ -112,6 +123,44 @@ class MeshConfig:
         hops = tuple(axis for axis in sharding.EXPERT_AXES if mesh.shape[axis] > 1)
         experts = ExpertParallel(hops, self.capacity_factor) if hops else None
         return Layout(mesh, Parallel(experts, gather=self.zero == 3, context=ContextParallel(self.context)))
+
+
+def row_share(layout: Layout | None) -> tuple[int, int]:
+    """Which share of the rows of a batch this process reads, and how many there are.
+
+    Processes whose devices hold the same rows have the same share.
+
+    Raises:
+      ValueError: some rows are in two processes that do not have all of theirs in common.
+    """
+    if layout is None:
+        return 0, 1
+    held = _held_rows(layout)
+    shares = sorted(set(held.values()))
+    if sum(map(len, shares)) != layout.row_devices or len(set(map(len, shares))) != 1:
+        raise ValueError(
+            f'parallel.MeshConfig: context={layout.parallel.context.devices} cuts processes so that they have some of their rows '
+            'in common and not all: it must be a multiple or a divisor of the devices of a process'
+        )
+    return shares.index(held[jax.process_index()]), len(shares)
+
+
+def is_first_of_share(layout: Layout | None) -> bool:
+    """Whether no process before this one has the same rows."""
+    if layout is None:
+        return True
+    held = _held_rows(layout)
+    return all(rows != held[jax.process_index()] for process, rows in held.items() if process < jax.process_index())
+
+
+@functools.cache
+def _held_rows(layout: Layout) -> dict[int, tuple[int, ...]]:
+    """Of each process, which of as many rows as there are devices for rows it holds."""
+    held: dict[int, set[int]] = {}
+    places = NamedSharding(layout.mesh, sharding.BATCH).devices_indices_map((layout.row_devices,))
+    for device, (rows,) in places.items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    return {process: tuple(sorted(rows)) for process, rows in held.items()}
 
 
 def places(tree: Any, params: Any, layout: Layout | None) -> Any:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import inspect
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from deepseek_jax import checkpoint as run_files
 from deepseek_jax import flops
 from deepseek_jax.config import check_values
 from train import data as data_lib
-from train import memory, parallel, schedule
+from train import memory, parallel, processes, schedule
 from train.checkpoint import CheckpointConfig, Checkpoints, Progress
 from train.data import DataConfig
 from train.ema import Average, MovingAverage, no_average
@@ -122,13 +121,16 @@ def train(
         return None
     if run_dir is None:
         raise ValueError('run_dir=None: name the directory that the run is written to')
+    processes.check_same('configuration', repr({**arguments, 'config_text': None, 'stop': None}))
     layout = mesh.make()
+    share = parallel.row_share(layout)
     directory = pathlib.Path(run_dir)
     _check_run_dir(directory, model, _tokenizer_name(data))
-    corpus = data_lib.load_corpus(data)
+    with processes.main_first('corpus'):
+        corpus = data_lib.load_corpus(data)
     _check_vocabulary(corpus, model)
-    rows = data_lib.training_rows(corpus, sequence_length, seed)
     saved = Checkpoints(directory, checkpoints) if (directory / run_files.CHECKPOINTS).exists() else None
+    processes.barrier('looked for checkpoints')
     state, progress = _restore_or_init(saved, model, optimizer, guard, seed, init_from, layout)
     if progress.step > total_steps:
         raise ValueError(f'{total_steps=} is below step {progress.step}, which {directory} has already reached')
@@ -146,8 +148,12 @@ def train(
             flops_per_token=flops.train_flops_per_token(model, sequence_length, mtp=model.mtp_depth > 0),
             num_devices=mesh.size,
         )
-    saved = saved or _make_run_dir(directory, model, corpus, checkpoints)
-    if config_text is not None:
+    rows = data_lib.training_rows(corpus, sequence_length, seed, *share, first_row=progress.next_row)
+    if saved is None:
+        with processes.main_first('run directory'):
+            _make_run_dir(directory, model, corpus)
+        saved = Checkpoints(directory, checkpoints)
+    if config_text is not None and processes.is_main():
         (directory / CONFIG_FILE).write_text(config_text(), encoding='utf-8')
     loop = Loop(
         directory=directory,
@@ -166,29 +172,33 @@ def train(
         total_tokens=tokens,
         resume_step=progress.step,
         layout=layout,
+        share=share,
     )
-    print(
+    processes.say(
         f'{flops.count_parameters(model)}; {len(corpus.train.tokens):,} training tokens in '
-        f'{len(corpus.train.names):,} documents; {directory}: from step {progress.step} to {total_steps}',
-        file=sys.stderr,
+        f'{len(corpus.train.names):,} documents; {directory}: from step {progress.step} to {total_steps}'
     )
-    rows.set_state({'next_index': progress.next_row})
-    taken = batches(rows, progress, total_steps, size)
+    taken = batches(rows, progress, total_steps, size, share[1])
     listening = contextlib.nullcontext() if stop is None else stop.listening()
     try:
-        with listening, contextlib.closing(prefetch(map(loop.prepare, taken))) as inputs:
+        with (
+            processes.ending_alone(lambda: saved.latest_step),
+            listening,
+            contextlib.closing(prefetch(map(loop.prepare, taken))) as inputs,
+        ):
             for given, waited in inputs:
                 if profiler and not profiler.before_step(
                     progress.step, functools.partial(jax.block_until_ready, state), loop.launch_separately
                 ):
                     return None
-                state = loop.step(state, given, waited)
+                state = loop.step(state, given, waited, stop is not None and stop.received is not None)
                 progress = given.progress
                 if profiler:
                     continue
                 if progress.step % eval_every == 0 or progress.step == total_steps:
                     loop.evaluate(state, progress)
-                stopped = stop is not None and stop.received is not None
+                # Alone, a run stops at once; together, when the measurements say that one of them was asked.
+                stopped = loop.asked_to_stop if processes.several() else stop is not None and stop.received is not None
                 if progress.step % checkpoint_every == 0 or progress.step == total_steps or stopped:
                     # A run that resumes from this step does not take it again: its line must be there.
                     loop.write_pending()
@@ -239,7 +249,7 @@ def _restore_or_begin_average(saved: Checkpoints | None, state: State) -> Averag
         average = saved.restore_average(state.params)
         if average is not None:
             return average
-        print(f'checkpoint {saved.latest_step} holds no average of the parameters: it begins here', file=sys.stderr)
+        processes.say(f'checkpoint {saved.latest_step} holds no average of the parameters: it begins here')
     return no_average(state.params)
 
 
@@ -254,14 +264,13 @@ def _load_initial(path: str, model: ds.ModelConfig) -> Any:
     return params
 
 
-def _make_run_dir(
-    directory: pathlib.Path, model: ds.ModelConfig, corpus: data_lib.Corpus, config: CheckpointConfig
-) -> Checkpoints:
+def _make_run_dir(directory: pathlib.Path, model: ds.ModelConfig, corpus: data_lib.Corpus) -> None:
+    if not processes.is_main():
+        return
     directory.mkdir(parents=True, exist_ok=True)
     # First: without it the directory is taken for something else and left alone.
     run_files.write_model_file(directory, model, _tokenizer_name(corpus.config))
     corpus.tokenizer.save(directory)
-    return Checkpoints(directory, config)
 
 
 def _describe(model: ds.ModelConfig, sequence_length: int, tokens: int) -> str:

@@ -201,5 +201,9 @@ def update_router_biases(params: Any, load_LE: Array, rate: Array | float, model
 
 
 def as_batch(rows: Mapping[str, Any], layout: Layout | None = None) -> dict[str, jax.Array]:
-    """A batch of numpy rows on the device, or cut over those of a layout."""
-    return jax.device_put(dict(rows), None if layout is None else NamedSharding(layout.mesh, sharding.BATCH))
+    """A batch of numpy rows on the device, or cut over those of a layout; of several processes each gives its share of the
+    rows (`parallel.row_share`)."""
+    if layout is None:
+        return jax.device_put(dict(rows))
+    places = NamedSharding(layout.mesh, sharding.BATCH)
+    return {name: jax.make_array_from_process_local_data(places, values) for name, values in rows.items()}
