@@ -30,6 +30,9 @@ START_SECONDS = 300
 LOST = 75
 """The exit code of a process that ends because another one did: what was saved is whole, and the same command goes on from it."""
 
+FAILED = 70
+"""The exit code of one of several processes that ends because of something unforeseen, with a traceback."""
+
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Joins the other processes, if there are any: those of the arguments, or of a step of SLURM with more than one task.
@@ -166,15 +169,19 @@ def ending_alone(saved_step: Any) -> Iterator[None]:
             step = saved_step()
             on = 'nothing is saved yet' if step is None else f'the same command goes on from step {step}'
             print(f'error: another process was lost ({_first_line(error)}): {on}', file=sys.stderr)
-            end(LOST)
+            _end(LOST)
         traceback.print_exc()
-        end(1)
+        _end(FAILED)
 
 
-def end(code: int) -> NoReturn:
-    """Ends this process; one of several without waiting for the others, as it would for those that are lost."""
-    if not several():
-        sys.exit(code)
+def ended(code: int) -> int:
+    """The exit code of a process that is alone. One of several ends here: its exit would wait for the others."""
+    if several():
+        _end(code)
+    return code
+
+
+def _end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import random
 import threading
@@ -344,50 +343,38 @@ def test_a_corpus_shorter_than_a_row_is_an_error():
         PackedRows(corpus, 8, 0)[-1]
 
 
-def test_training_iterator_resumes_exactly_from_a_json_state():
+def test_training_rows_go_on_from_any_row():
     corpus = make_corpus(fim_rate=0.2, mask_documents=True)
-    iterator = training_rows(corpus, 32, seed=1)
     count = PackedRows(corpus, 32, 1).rows_per_epoch
+    whole = training_rows(corpus, 32, seed=1)
     sizes = [3, 5, count, 2]
     for size in sizes:
-        batch(iterator, size)
-    state = json.loads(json.dumps(iterator.get_state()))
-    after = [batch(iterator, size) for size in (4, count, 7)]
-    resumed = training_rows(corpus, 32, seed=1)
-    resumed.set_state(state)
-    for expected, size in zip(after, (4, count, 7), strict=True):
-        assert_rows_equal(batch(resumed, size), expected)
-    assert resumed.get_state() == iterator.get_state()
+        batch(whole, size)
+    resumed = training_rows(corpus, 32, seed=1, first_row=sum(sizes))
     rows = PackedRows(corpus, 32, 1)
-    for offset, tokens in enumerate(after[0]['tokens']):
+    for size in (4, count, 7):
+        assert_rows_equal(batch(resumed, size), batch(whole, size))
+    again = batch(training_rows(corpus, 32, seed=1, first_row=sum(sizes)), 4)
+    for offset, tokens in enumerate(again['tokens']):
         np.testing.assert_array_equal(rows[sum(sizes) + offset]['tokens'], tokens)
-    iterator.set_state(state)
-    assert_rows_equal(batch(iterator, 4), after[0])
 
 
-@pytest.mark.parametrize('process_count', [2, 3])
-def test_processes_together_read_the_global_order(process_count):
+@pytest.mark.parametrize('shares', [2, 3])
+@pytest.mark.parametrize('first', [0, 7])
+def test_shares_together_are_the_global_order(shares, first):
     corpus = make_corpus()
     steps = 40
-    alone = batch(training_rows(corpus, 32, seed=1), steps * process_count)
-    parts = [batch(training_rows(corpus, 32, 1, index, process_count), steps) for index in range(process_count)]
+    alone = batch(training_rows(corpus, 32, seed=1, first_row=first), steps * shares)
+    parts = [batch(training_rows(corpus, 32, 1, share, shares, first), steps) for share in range(shares)]
     for name, values in alone.items():
         together = np.stack([part[name] for part in parts], axis=1).reshape(values.shape)
         np.testing.assert_array_equal(together, values)
 
 
-def test_another_number_of_processes_continues_the_order():
-    corpus = make_corpus()
-    alone = batch(training_rows(corpus, 32, seed=1), 20)['tokens']
-    for index in range(2):
-        part = training_rows(corpus, 32, 1, index, 2)
-        part.set_state({'next_index': 12 // 2})
-        np.testing.assert_array_equal(batch(part, 4)['tokens'], alone[12 + index :: 2])
-
-
-def test_process_index_must_be_below_the_count():
-    with pytest.raises(ValueError, match='process_index=2'):
-        training_rows(make_corpus(8), 8, 0, 2, 2)
+def test_bad_shares_are_refused():
+    for share, first, match in ((2, 0, 'share=2'), (0, -1, 'first_row=-1')):
+        with pytest.raises(ValueError, match=match):
+            training_rows(make_corpus(8), 8, 0, share, 2, first)
 
 
 def test_heldout_rows_cover_the_part_in_order_and_pad_the_last():

@@ -195,10 +195,10 @@ def test_run_that_a_signal_stops_saves_its_step_and_loses_nothing(
 ):
     step, stop = loop.Loop.step, StopSignals()
 
-    def step_and_signal(self, state, given, waited):
+    def step_and_signal(self, state, given, waited, asked):
         if given.progress.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, state, given, waited)
+        return step(self, state, given, waited, asked)
 
     monkeypatch.setattr(loop.Loop, 'step', step_and_signal)
     result = start(tmp_path / 'run', stop=stop)
