@@ -5,11 +5,12 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from deepseek_jax.checkpoint import CHECKPOINTS, PARAMS, load_parts
 from deepseek_jax.config import check_types, require_positive
-from train.ema import Average, no_average
+from train.ema import Average, host_parts, is_whole, on_devices
 from train.step import State
 
 _AVERAGE = 'average'
@@ -39,7 +40,7 @@ class Progress:
     Attributes:
       step: optimizer steps taken.
       tokens: tokens seen.
-      next_row: rows of the global order that all processes together have taken.
+      next_row: rows that all processes together have taken of the global order.
     """
 
     step: int = 0
@@ -76,7 +77,9 @@ class Checkpoints:
             return
         parts = _parts(state) | {'progress': dataclasses.asdict(progress)}
         if average is not None:
-            parts[_AVERAGE] = average._asdict()
+            whole = all(map(is_whole, jax.tree.leaves(state.params)))
+            params = average.params if whole else on_devices(average.params, state.params)
+            parts[_AVERAGE] = average._replace(params=params)._asdict()
         self._checkpointer.save_checkpointables_async(progress.step, parts)
 
     def restore(self, shapes: State) -> tuple[State, Progress]:
@@ -88,12 +91,21 @@ class Checkpoints:
         return State(*(loaded[part] for part in _parts(shapes))), Progress(**jax.tree.map(int, progress))
 
     def restore_average(self, params: Any) -> Average | None:
-        """The average in the newest checkpoint, for parameters of these shapes, on the host; None if it has none."""
+        """The average in the newest checkpoint, for parameters like these, on the host; None if it has none."""
         step = self.latest_step
         if step is None or _AVERAGE not in self._checkpointer.checkpointables_metadata(step).metadata:
             return None
         # Arrays of numpy stand for themselves: what is loaded in their place never goes through the device.
-        return Average(**load_parts(self._checkpointer, step, {_AVERAGE: no_average(params)._asdict()})[_AVERAGE])
+        wanted = jax.tree.map(
+            lambda leaf: (
+                np.zeros(leaf.shape, np.float32)
+                if is_whole(leaf)
+                else jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=leaf.sharding)
+            ),
+            params,
+        )
+        average = Average(**load_parts(self._checkpointer, step, {_AVERAGE: Average(wanted, 0)._asdict()})[_AVERAGE])
+        return average._replace(params=jax.tree.map(np.asarray, host_parts(average.params)))
 
     def close(self) -> None:
         """Waits until what was begun is on disk."""

@@ -20,7 +20,8 @@ class Average(NamedTuple):
     """An average of parameters.
 
     Attributes:
-      params: a tree like the parameters', of float32 numpy arrays; zeros before the first update.
+      params: a tree like the parameters', of float32 numpy arrays; zeros before the first update. Where an array is not
+        whole on the devices of this process, its place has the parts that are (`host_parts`).
       updates: how many states of the parameters are in it.
     """
 
@@ -30,7 +31,34 @@ class Average(NamedTuple):
 
 def no_average(params: Any) -> Average:
     """The average of no parameters yet, for a tree of arrays or shapes."""
-    return Average(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), params), 0)
+    return Average(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), host_parts(params)), 0)
+
+
+def host_parts(params: Any) -> Any:
+    """The tree with every array that several processes have replaced by the parts that this one has, by their place."""
+
+    def parts(leaf: Any) -> Any:
+        if is_whole(leaf):
+            return leaf
+        return {str(shard.index): shard.data for shard in leaf.addressable_shards}
+
+    return jax.tree.map(parts, params)
+
+
+def on_devices(parts: Any, params: Any) -> Any:
+    """The arrays of which `parts` are this process's, each where that of `params` lies."""
+
+    def place(leaf: jax.Array, part: Any) -> jax.Array:
+        if is_whole(leaf):
+            return jax.device_put(part, leaf.sharding)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: part[str(index)])
+
+    return jax.tree.map(place, params, parts)
+
+
+def is_whole(leaf: Any) -> bool:
+    """Whether an array is whole on the devices of this process; so are shapes, and what is on the host."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def updated(average: Average, leaves: list[Any], decay: float) -> Average:
@@ -63,7 +91,7 @@ class MovingAverage:
         if step % self._every:
             return
         average = self.value()
-        leaves = jax.tree.leaves(_copy(params))
+        leaves = jax.tree.leaves(host_parts(_copy(params)))
         for leaf in leaves:
             leaf.copy_to_host_async()
         self._update = self._thread.submit(updated, average, leaves, self._decay)

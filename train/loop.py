@@ -15,7 +15,7 @@ from train import data as data_lib
 from train import evaluation, parallel, plot, processes
 from train.checkpoint import Progress
 from train.compilation import StepPrograms
-from train.ema import MovingAverage
+from train.ema import MovingAverage, on_devices
 from train.guard import GuardConfig, check_streak, why_skipped
 from train.loss import ObjectiveConfig
 from train.metrics import METRICS_FILE, TIMING_FILE, MetricsFile, NoDisplay, NoFile, ProgressDisplay, read_jsonl
@@ -221,8 +221,7 @@ class Loop:
         text = f'step {progress.step}: held-out {found.bits_per_byte:.4f} bits a byte'
         load, averaged = found.load_LE, {}
         if self.average is not None and self.average.value().updates:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-            bits_per_byte = self._heldout(jax.device_put(self.average.value().params, shardings)).bits_per_byte
+            bits_per_byte = self._heldout(on_devices(self.average.value().params, state.params)).bits_per_byte
             averaged = {'heldout_ema_bits_per_byte': bits_per_byte}
             text += f', {bits_per_byte:.4f} with averaged parameters'
         self._metrics.write(

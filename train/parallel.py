@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from deepseek_jax import names, sharding
@@ -189,6 +190,18 @@ def places(tree: Any, params: Any, layout: Layout | None) -> Any:
         return next((table[end] for end in ends if end in table), whole)
 
     return names.map_with_names(place, tree)
+
+
+def put(tree: Any, places: Any) -> Any:
+    """Arrays that each process has whole, on the host or a device, put in places that may be of several processes."""
+
+    def one(leaf: Any, place: jax.sharding.Sharding) -> jax.Array:
+        if place.is_fully_addressable:
+            return jax.device_put(leaf, place)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+    return jax.tree.map(one, tree, places)
 
 
 def over_devices(function: Callable, layout: Layout, params: Any, gradients: bool = True) -> Callable:

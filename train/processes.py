@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -27,6 +28,9 @@ HEARTBEAT_SECONDS = 10
 """After so long without a sign, a process counts as lost and the others end."""
 
 START_SECONDS = 300
+LAST_WORDS_SECONDS = 3
+"""So long the main process outlives what ends it: JAX ends the others, whatever they are about to say, when it is gone."""
+
 LOST = 75
 """The exit code of a process that ends because another one did: what was saved is whole, and the same command goes on from it."""
 
@@ -98,12 +102,14 @@ def barrier(name: str) -> None:
 
 @contextlib.contextmanager
 def main_first(name: str) -> Iterator[None]:
-    """The main process goes through the body first, and the others find what it left there."""
+    """The main process goes through the body first, and the others find what it left there, or fail as it did."""
     if not is_main():
         barrier(name)
-    yield
-    if is_main():
-        barrier(name)
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier(name)
 
 
 def check_same(what: str, text: str) -> None:
@@ -184,6 +190,8 @@ def ended(code: int) -> int:
 def _end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_main():
+        time.sleep(LAST_WORDS_SECONDS)
     os._exit(code)
 
 

@@ -239,7 +239,7 @@ def _restore_or_init(
     initial = None if init_from is None else _load_initial(init_from, model)
     state = init_state(jax.random.key(seed), model, optimizer, guard, places)
     if initial is not None:
-        state = state._replace(params=initial)
+        state = state._replace(params=parallel.put(initial, places.params))
     # Bound to its devices like restored arrays: the program is another one for arrays that are not.
     return jax.device_put(state, places), Progress()
 

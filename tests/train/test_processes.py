@@ -39,6 +39,7 @@ config.ModelConfig.num_layers = 2
 config.ModelConfig.mtp_depth = 0
 config.ModelConfig.model_dim = 64
 run.train.eval_rows = 8
+run.train.ema_decay = 0.9
 data.DataConfig.heldout_fraction = 0.2
 data.DataConfig.source = @sources.TextDirectory()
 sources.TextDirectory.path = '{text}'
@@ -144,9 +145,10 @@ def test_a_run_goes_on_in_another_number_of_processes_on_another_mesh(fleet, tmp
     assert alone.codes() == [0], alone.log('alone.log')
     wanted = read_jsonl(alone.run_dir / METRICS_FILE)
     assert [line['step'] for line in together] == [line['step'] for line in wanted]
-    for name in ('loss', 'bits_per_byte', 'heldout_loss', 'heldout_bits_per_byte'):
+    for name in ('loss', 'bits_per_byte', 'heldout_loss', 'heldout_bits_per_byte', 'heldout_ema_bits_per_byte'):
         found, exact = ([line[name] for line in lines if name in line] for lines in (together, wanted))
-        np.testing.assert_allclose(found, exact, rtol=1e-5)
+        np.testing.assert_allclose(found, exact, rtol=1e-5, err_msg=name)
+        assert found, name
 
 
 @pytest.mark.timeout(600)
