@@ -23,6 +23,9 @@ from train.step import Hyperparameters, State, StepMetrics, jit_step
 
 logger = logging.getLogger(__name__)
 
+type Shape = tuple[int, int]
+"""Sequences of a batch, and targets of each."""
+
 
 def keep_programs() -> str | None:
     """Makes JAX keep what it compiles for the next start, and returns the directory; None if it keeps nothing.
@@ -47,13 +50,15 @@ def keep_programs() -> str | None:
 
 @dataclasses.dataclass(kw_only=True)
 class StepPrograms:
-    """`train_step` as one program a batch size, compiled when the first batch of the size comes.
+    """`train_step` as one program a shape of batches, compiled when the first one of it comes.
 
     Where a program does not fit on the device, the error says what would: that takes a few compilations.
 
     Attributes:
-      model, optimizer, objective, guard, microbatch_size, layout: what `train_step` is compiled for.
+      model, optimizer, objective, guard, layout: what `train_step` is compiled for.
+      microbatch_size: of whole sequences; of shorter ones there are as many tokens in a microbatch.
       batch_sizes: of the whole run, which another microbatch size would have to divide.
+      sequence_length: of whole sequences.
       report: shows a line to the user.
     """
 
@@ -63,17 +68,18 @@ class StepPrograms:
     guard: GuardConfig
     microbatch_size: int | None
     batch_sizes: Sequence[int]
+    sequence_length: int
     report: Callable[[str], None]
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
-        self._lowered: dict[int, jax.stages.Lowered] = {}
-        self._programs: dict[int, jax.stages.Compiled] = {}
-        self._alone: set[int] = set()
+        self._lowered: dict[Shape, jax.stages.Lowered] = {}
+        self._programs: dict[Shape, jax.stages.Compiled] = {}
+        self._alone: set[Shape] = set()
 
     def has(self, batch: Mapping[str, jax.Array]) -> bool:
         """Whether the program for this batch is compiled."""
-        return _size(batch) in self._programs
+        return _shape(batch) in self._programs
 
     def compile(self, state: State, batch: Mapping[str, jax.Array], values: Hyperparameters) -> float:
         """Compiles the program for such a batch and returns the seconds that took, tracing included."""
@@ -83,10 +89,10 @@ class StepPrograms:
         self._values = values
         began = time.monotonic()
         with self.explained():
-            self._lowered[_size(batch)] = self._lower(self._present())
-            program = self._programs[_size(batch)] = self._lowered[_size(batch)].compile()
+            self._lowered[_shape(batch)] = self._lower(self._present())
+            program = self._programs[_shape(batch)] = self._lowered[_shape(batch)].compile()
         if not memory.fits_twice(program, memory.available_bytes()):
-            self._alone.add(_size(batch))
+            self._alone.add(_shape(batch))
         return time.monotonic() - began
 
     def __call__(
@@ -98,15 +104,15 @@ class StepPrograms:
         is waited for.
         """
         with self.explained():
-            if _size(batch) in self._alone:
+            if _shape(batch) in self._alone:
                 jax.block_until_ready(state)
-            return self._programs[_size(batch)](state, dict(batch), values)
+            return self._programs[_shape(batch)](state, dict(batch), values)
 
     def launch_separately(self) -> None:
         """Compiles every program once more, with each kernel launched by itself: in a trace, a kernel that a graph
         launches bears nothing of the instruction it belongs to."""
-        for size, lowered in self._lowered.items():
-            self._programs[size] = lowered.compile({'xla_gpu_graph_min_graph_size': 2**30})
+        for shape, lowered in self._lowered.items():
+            self._programs[shape] = lowered.compile({'xla_gpu_graph_min_graph_size': 2**30})
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -117,11 +123,20 @@ class StepPrograms:
             if not memory.is_exhausted(error):
                 raise
             self.report('out of memory: compiling the training step in smaller parts to see what fits')
-            text = memory.explain(self._present(), self.batch_sizes, self._needed_bytes, memory.available_bytes())
+            row_devices = 1 if self.layout is None else self.layout.row_devices
+            sizes = memory.divisors(self.batch_sizes, row_devices)
+            text = memory.explain(self._present(), sizes, self._needed_bytes, memory.available_bytes())
             raise memory.OutOfMemoryError(text) from error
 
     def _present(self) -> memory.Setting:
-        return memory.Setting(self.microbatch_size or _size(self._shapes[1]), self.model.remat)
+        rows, _ = _shape(self._shapes[1])
+        return memory.Setting(self.microbatch_size or rows // self._pieces, self.model.remat)
+
+    @property
+    def _pieces(self) -> int:
+        """Sequences that a whole one is cut into."""
+        _, length = _shape(self._shapes[1])
+        return self.sequence_length // length
 
     def _needed_bytes(self, setting: memory.Setting) -> int | float | None:
         try:
@@ -140,7 +155,7 @@ class StepPrograms:
             optimizer=self.optimizer,
             config=self.objective,
             guard=self.guard,
-            microbatch_size=setting.microbatch_size,
+            microbatch_size=setting.microbatch_size * self._pieces,
             layout=self.layout,
         )
         return traced.lower()
@@ -153,5 +168,6 @@ def _step_to(places: tuple[jax.sharding.Sharding, ...], tree: Any) -> jax.stages
     return jit_step(jax.tree.unflatten(tree, places))
 
 
-def _size(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> int:
-    return batch['tokens'].shape[0]
+def _shape(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Shape:
+    rows, length = batch['weights'].shape
+    return rows, length

@@ -364,6 +364,25 @@ def heldout_batches(
         yield _stack([rows[place] if place < len(rows) else filler for place in places])
 
 
+def cut_rows(rows: Row, length: int) -> Row:
+    """The rows of a batch cut into sequences of `length` targets, those of a row in its order.
+
+    Raises:
+      ValueError: `length` does not divide the rows'.
+    """
+    count, whole = rows['weights'].shape
+    if whole % length:
+        raise ValueError(f'{length=} must divide the {whole} targets of a row')
+    ahead = {'weights': 0, 'tokens': 1, 'segments': 1}  # of the last target
+    starts = range(0, whole, length)
+    return {
+        name: np.stack([values[:, start : start + length + ahead[name]] for start in starts], axis=1).reshape(
+            count * len(starts), -1
+        )
+        for name, values in rows.items()
+    }
+
+
 def target_bytes(rows: Row, byte_lengths: np.ndarray) -> int:
     """Bytes of text that the weighted targets of a row or a batch stand for, by `Tokenizer.byte_lengths()`."""
     return int((byte_lengths[rows['tokens'][..., 1:]] * (rows['weights'] > 0)).sum())

@@ -57,20 +57,32 @@ class Input(NamedTuple):
 
 
 def batches(
-    rows: Any, progress: Progress, total_steps: int, size: Callable[[int], int], shares: int = 1
+    rows: Any,
+    progress: Progress,
+    total_steps: int,
+    size: Callable[[int], int],
+    shares: int = 1,
+    length: Callable[[int], int] | None = None,
 ) -> Iterator[tuple[data_lib.Row, Progress]]:
     """Batches up to the last step, each with the progress once it has been trained on.
 
-    Of batches whose rows are in several shares, `rows` gives those of one.
+    Args:
+      rows: one after the other; where they are in several shares, those of one.
+      progress: what was trained on before.
+      total_steps: of the run.
+      size: rows of a batch, by the tokens before it.
+      shares: of the rows.
+      length: of the sequences that rows are cut into, by the same; None leaves them whole.
     """
     while progress.step < total_steps:
-        batch = data_lib.batch(rows, size(progress.tokens) // shares)
+        seen = progress.tokens
+        batch = data_lib.batch(rows, size(seen) // shares)
         progress = Progress(
             step=progress.step + 1,
             tokens=progress.tokens + batch['weights'].size * shares,
             next_row=progress.next_row + len(batch['weights']) * shares,
         )
-        yield batch, progress
+        yield batch if length is None else data_lib.cut_rows(batch, length(seen)), progress
 
 
 class _Taken(NamedTuple):
@@ -129,6 +141,7 @@ class Loop:
             guard=self.guard,
             microbatch_size=self.microbatch_size,
             batch_sizes=self.batch_sizes,
+            sequence_length=self.sequence_length,
             report=self._display.message,
             layout=self.layout,
         )
@@ -277,8 +290,8 @@ class Loop:
         # The step before must not wait for this to be read, nor its seconds count it.
         self.write_pending()
         seconds = self._programs.compile(state, given.batch, values)
-        size = len(given.batch['tokens'])
-        self._display.message(f'step for {size} x {self.sequence_length} tokens compiled in {seconds:.1f} s')
+        rows, length = given.batch['weights'].shape
+        self._display.message(f'step for {rows} x {length} tokens compiled in {seconds:.1f} s')
         self._last_time = time.monotonic()
         return seconds
 

@@ -66,10 +66,10 @@ def available_bytes() -> int | None:
     return None if None in limits else min(limit for limit in limits if limit is not None)
 
 
-def divisors(batch_sizes: Sequence[int]) -> list[int]:
-    """The microbatch sizes that divide every batch, ascending."""
+def divisors(batch_sizes: Sequence[int], multiple_of: int = 1) -> list[int]:
+    """The microbatch sizes that divide every batch, ascending, of those that so many devices can share."""
     common = math.gcd(*batch_sizes)
-    return [size for size in range(1, common + 1) if common % size == 0]
+    return [size for size in range(multiple_of, common + 1, multiple_of) if common % size == 0]
 
 
 def fitting(present: Setting, microbatch_sizes: Sequence[int], need: Need, limit: int | None) -> Setting | None:
@@ -94,10 +94,10 @@ def fitting(present: Setting, microbatch_sizes: Sequence[int], need: Need, limit
     return None
 
 
-def explain(present: Setting, batch_sizes: Sequence[int], need: Need, limit: int | None) -> str:
-    """One line: what the step needs, what there is, and what would fit."""
+def explain(present: Setting, microbatch_sizes: Sequence[int], need: Need, limit: int | None) -> str:
+    """One line: what the step needs, what there is, and what would fit of these microbatch sizes, ascending."""
     need = functools.cache(need)
-    proposed = fitting(present, divisors(batch_sizes), need, limit)
+    proposed = fitting(present, microbatch_sizes, need, limit)
     has = '' if limit is None else f'a device has {_gib(limit)}; '
     text = f'out of memory: the training step with {_words(present)} needs {_gib(need(present))}; {has}'
     if proposed is None:

@@ -79,7 +79,7 @@ class MeshConfig:
         check_types(self)
         require_positive(self, 'data', 'fsdp', 'expert', 'expert_nodes', 'capacity_factor', 'context')
         if self.expert % self.expert_nodes:
-            raise ValueError(f'MeshConfig.expert={self.expert} must be a multiple of {self.expert_nodes=}')
+            raise ValueError(f'MeshConfig.expert={self.expert} must be a multiple of expert_nodes={self.expert_nodes}')
         if self.capacity_factor is not None and self.expert == 1:
             raise ValueError(f'MeshConfig.capacity_factor={self.capacity_factor} needs expert above 1')
 

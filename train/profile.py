@@ -34,6 +34,7 @@ import jax
 from jax.profiler import ProfileData
 
 from deepseek_jax import flops
+from train import processes
 
 REPORT_FILE = 'profile.json'
 WARM_UP = 3
@@ -273,7 +274,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 class Profiler:
     """Times and traces steps of a run, and then says where their time went.
 
-    Steps are timed between waits, so that evaluations and checkpoints must not come in between.
+    Steps are timed between waits, so that evaluations and checkpoints must not come in between. Of several processes the main
+    one traces its devices.
     """
 
     def __init__(
@@ -328,11 +330,13 @@ class Profiler:
             launch_separately()
         elif taken == WARM_UP + self._steps + 1:
             wait()
-            jax.profiler.start_trace(self._folder, profiler_options=_options())
+            if processes.is_main():
+                jax.profiler.start_trace(self._folder, profiler_options=_options())
         elif taken == WARM_UP + 2 * self._steps + 1:
             wait()
-            jax.profiler.stop_trace()
-            self._report()
+            if processes.is_main():
+                jax.profiler.stop_trace()
+                self._report()
             return False
         return True
 

@@ -52,6 +52,7 @@ def train(
     seed: int,
     mesh: MeshConfig = ONE_DEVICE,
     batch_ramp: schedule.BatchRamp | None = None,
+    length_ramp: schedule.LengthRamp | None = None,
     microbatch_size: int | None = None,
     ema_decay: float | None = None,
     ema_every: int = 1,
@@ -84,6 +85,8 @@ def train(
       mesh: the devices to train on. Batches, microbatches too, must be multiples of the number that rows are cut over, and the
         sequence length one of twice the number that each sequence is.
       batch_ramp: smaller batches at the beginning; `batch_size` is the final size.
+      length_ramp: shorter sequences at the beginning, as many more of them; `sequence_length` is the final one, and all else
+        that counts sequences, batches and microbatches too, counts those.
       microbatch_size: sequences whose activations are in memory at a time; it divides every batch, and None is the
         whole batch. The result is the same up to rounding.
       ema_decay: a step's decay of the parameters' moving average, which is evaluated and saved too; None keeps none.
@@ -178,7 +181,8 @@ def train(
         f'{flops.count_parameters(model)}; {len(corpus.train.tokens):,} training tokens in '
         f'{len(corpus.train.names):,} documents; {directory}: from step {progress.step} to {total_steps}'
     )
-    taken = batches(rows, progress, total_steps, size, share[1])
+    length = None if length_ramp is None else functools.partial(length_ramp, final=sequence_length)
+    taken = batches(rows, progress, total_steps, size, share[1], length)
     listening = contextlib.nullcontext() if stop is None else stop.listening()
     try:
         with (
@@ -292,13 +296,27 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     if ramp is not None and ramp.start > batch_size:
         raise ValueError(f'BatchRamp.start={ramp.start} exceeds {batch_size=}')
     _check_microbatch_size(arguments)
+    _check_lengths(arguments)
     _check_mesh(arguments)
     ema_decay = arguments['ema_decay']
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f'train.{ema_decay=} must lie between 0 and 1')
-    depth = arguments['model'].mtp_depth
-    if arguments['sequence_length'] <= depth:
-        raise ValueError(f'train.sequence_length={arguments["sequence_length"]} must exceed the MTP {depth=}')
+
+
+def _check_lengths(arguments: dict[str, Any]) -> None:
+    whole, ramp, context = arguments['sequence_length'], arguments['length_ramp'], arguments['mesh'].context
+    lengths = {f'train.sequence_length={whole}': whole}
+    lengths |= {f'LengthRamp.pieces: a length of {length}': length for length in (ramp.lengths if ramp else ())}
+    for what, length in lengths.items():
+        if whole % length:
+            raise ValueError(f'{what} must divide train.sequence_length={whole}')
+        if length <= (depth := arguments['model'].mtp_depth):
+            raise ValueError(f'{what} must exceed the MTP {depth=}')
+        if context > 1 and length % (2 * context):
+            raise ValueError(
+                f'{what} must be a multiple of {2 * context}: two chunks for each of the {context=} devices of train.mesh that '
+                'sequences are cut over'
+            )
 
 
 def _check_microbatch_size(arguments: dict[str, Any]) -> None:
@@ -314,11 +332,6 @@ def _check_mesh(arguments: dict[str, Any]) -> None:
     mesh, microbatch_size = arguments['mesh'], arguments['microbatch_size']
     if mesh.expert > 1 and arguments['model'].moe is None:
         raise ValueError(f'train.mesh has expert={mesh.expert}, and the model has no experts')
-    if mesh.context > 1 and arguments['sequence_length'] % (2 * mesh.context):
-        raise ValueError(
-            f'train.sequence_length={arguments["sequence_length"]} must be a multiple of {2 * mesh.context}: two chunks for each of '
-            f'the context={mesh.context} devices of train.mesh that sequences are cut over'
-        )
     sizes = _batch_sizes(*(arguments[name] for name in ('total_steps', 'batch_size', 'sequence_length', 'batch_ramp')))
     for size in (*sizes, *(() if microbatch_size is None else (microbatch_size,))):
         if size % mesh.row_devices:

@@ -1,6 +1,7 @@
 """Values that change as training goes on, expressed in tokens [4.2]."""
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -75,6 +76,38 @@ class BatchRamp:
             return final
         size = int(self.start + (final - self.start) * (tokens / self.tokens))
         return max(self.start, size // self.multiple_of * self.multiple_of)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthRamp:
+    """Shorter sequences at the beginning: rows are cut into pieces, each a sequence of its own, so a batch has as many tokens.
+
+    Attributes:
+      pieces: (length, tokens) each: sequences are so long until so many tokens have been seen. After the last one they are
+        whole rows.
+    """
+
+    pieces: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        # Lists pass the check, but a configuration must be hashable.
+        object.__setattr__(self, 'pieces', tuple(map(tuple, self.pieces)))
+        if not self.pieces:
+            raise ValueError('LengthRamp.pieces=() must hold at least one (length, tokens)')
+        lengths, ends = zip(*self.pieces, strict=True)
+        for name, values in (('lengths', lengths), ('tokens', ends)):
+            if not all(before < after for before, after in itertools.pairwise((0, *values))):
+                raise ValueError(f'LengthRamp.pieces={self.pieces}: {name} must be positive and ascending')
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Those of all pieces."""
+        return tuple(length for length, _ in self.pieces)
+
+    def __call__(self, tokens: int, final: int) -> int:
+        """Tokens of a sequence of the next batch once `tokens` have been seen."""
+        return next((length for length, end in self.pieces if tokens < end), final)
 
 
 def total_tokens(steps: int, batch_size: int, sequence_length: int, ramp: BatchRamp | None) -> int:

@@ -90,6 +90,7 @@ def made(model, optimizer, objective):
             guard=DEFAULT,
             microbatch_size=microbatch_size,
             batch_sizes=sizes,
+            sequence_length=16,
             report=lines.append,
         )
         return programs, lines

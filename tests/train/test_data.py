@@ -20,6 +20,7 @@ from train.data import (
     TokenizedDocuments,
     batch,
     bits_per_byte,
+    cut_rows,
     heldout_batches,
     is_heldout,
     load_corpus,
@@ -375,6 +376,23 @@ def test_bad_shares_are_refused():
     for share, first, match in ((2, 0, 'share=2'), (0, -1, 'first_row=-1')):
         with pytest.raises(ValueError, match=match):
             training_rows(make_corpus(8), 8, 0, share, 2, first)
+
+
+def test_rows_are_cut_into_sequences_that_have_all_their_targets():
+    rows = batch(training_rows(make_corpus(mask_documents=True), 32, seed=1), 3)
+    cut = cut_rows(rows, 8)
+    assert {name: values.shape for name, values in cut.items()} == {
+        'tokens': (12, 9),
+        'segments': (12, 9),
+        'weights': (12, 8),
+    }
+    for name in ('tokens', 'segments'):
+        np.testing.assert_array_equal(cut[name][:, 1:].reshape(3, 32), rows[name][:, 1:])
+        np.testing.assert_array_equal(cut[name][:, :-1].reshape(3, 32), rows[name][:, :-1])
+    np.testing.assert_array_equal(cut['weights'].reshape(3, 32), rows['weights'])
+    assert_rows_equal(cut_rows(rows, 32), rows)
+    with pytest.raises(ValueError, match='length=5 must divide the 32 targets'):
+        cut_rows(rows, 5)
 
 
 def test_heldout_rows_cover_the_part_in_order_and_pad_the_last():

@@ -210,7 +210,7 @@ def test_a_choice_that_is_dropped_adds_nothing(recipe):
 
 
 def test_bad_expert_meshes_are_refused():
-    with pytest.raises(ValueError, match=r'expert=6 must be a multiple of self.expert_nodes=4'):
+    with pytest.raises(ValueError, match=r'expert=6 must be a multiple of expert_nodes=4'):
         MeshConfig(expert=6, expert_nodes=4)
     with pytest.raises(ValueError, match=r'capacity_factor=0.0 must be positive'):
         MeshConfig(expert=2, capacity_factor=0.0)

@@ -18,6 +18,7 @@ def need(setting: Setting) -> float:
 def test_divisors_divide_every_batch():
     assert divisors([12]) == [1, 2, 3, 4, 6, 12]
     assert divisors([8, 12, 20]) == [1, 2, 4]
+    assert divisors([12, 24], 4) == [4, 12]
 
 
 def test_policies_are_in_the_order_of_what_they_keep():
@@ -51,7 +52,7 @@ def test_few_programs_are_compiled():
         asked.append(setting)
         return need(setting)
 
-    explain(Setting(1024, 'none'), [1024], asking, 100 * GIB)
+    explain(Setting(1024, 'none'), divisors([1024]), asking, 100 * GIB)
     assert len(asked) == len(set(asked)) <= 6
 
 
@@ -64,12 +65,12 @@ def test_without_a_limit_the_next_one_is_proposed():
 
 
 def test_explanation_is_one_line_with_numbers():
-    assert explain(Setting(16, 'none'), [16], need, 40 * GIB) == (
+    assert explain(Setting(16, 'none'), divisors([16]), need, 40 * GIB) == (
         "out of memory: the training step with train.microbatch_size=16 and ModelConfig.remat='none' needs 65 GiB; "
         "a device has 40 GiB; what fits is train.microbatch_size=8 and ModelConfig.remat='none': 33 GiB"
     )
-    assert explain(Setting(1, 'full'), [16], need, GIB).endswith('take more devices or shorter sequences')
-    unknown = explain(Setting(2, 'none'), [2], lambda setting: None, None)
+    assert explain(Setting(1, 'full'), divisors([16]), need, GIB).endswith('take more devices or shorter sequences')
+    unknown = explain(Setting(2, 'none'), divisors([2]), lambda setting: None, None)
     assert 'needs an unknown amount; try train.microbatch_size=1 and' in unknown
 
 

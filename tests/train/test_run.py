@@ -24,7 +24,7 @@ from train.guard import GuardConfig, SkippedStepsError, no_history
 from train.metrics import read_jsonl
 from train.optimizer import make_optimizer
 from train.parallel import MeshConfig
-from train.schedule import BatchRamp, Schedule
+from train.schedule import BatchRamp, LengthRamp, Schedule
 from train.step import State
 from train.stop import StopSignals
 
@@ -298,6 +298,29 @@ def test_bad_part_of_a_step_is_refused_before_anything_is_written(start, tmp_pat
     assert not (tmp_path / 'run').exists()
 
 
+def test_sequences_grow_and_a_resumed_run_goes_on_with_their_length(start, tmp_path, spoil):
+    """Four steps of half the length, two sequences for one, in microbatches of as many tokens."""
+    ramp = LengthRamp(pieces=((SEQUENCE_LENGTH // 2, 4.0 * BATCH_SIZE * SEQUENCE_LENGTH),))
+    changes = {'length_ramp': ramp, 'total_steps': 6, 'checkpoint_every': 2, 'microbatch_size': BATCH_SIZE // 2}
+    assert start(tmp_path / 'whole', **changes).finished
+    lines = read_jsonl(tmp_path / 'whole' / 'timing.jsonl')
+    assert [line['step'] for line in lines if 'compile_seconds' in line] == [1, 5]
+    spoil(end=4)
+    with pytest.raises(Killed):
+        start(tmp_path / 'cut', **changes)
+    loop.data_lib.batch = BATCH
+    assert start(tmp_path / 'cut', **changes).finished
+    cut, whole = (tmp_path / name / 'metrics.jsonl' for name in ('cut', 'whole'))
+    assert cut.read_bytes() == whole.read_bytes()
+    for pieces, match in (
+        (((5, 10.0),), r'LengthRamp.pieces: a length of 5 must divide train.sequence_length='),
+        (((1, 10.0),), r'LengthRamp.pieces: a length of 1 must exceed the MTP depth=1'),
+    ):
+        with pytest.raises(ValueError, match=match):
+            start(tmp_path / 'other', length_ramp=LengthRamp(pieces=pieces))
+    assert not (tmp_path / 'other').exists()
+
+
 def test_batch_sizes_are_those_that_the_run_reaches():
     ramp = BatchRamp(start=2, tokens=200.0, multiple_of=2)
     taken = loop.batches(({'weights': np.zeros(8)} for _ in itertools.count()), Progress(), 12, lambda t: ramp(t, 8))
@@ -428,7 +451,7 @@ def test_memory_that_runs_out_in_a_step_is_explained(start, tmp_path, monkeypatc
     monkeypatch.setattr(memory, 'explain', lambda present, sizes, need, limit: f'{present} {sizes}')
     with pytest.raises(memory.OutOfMemoryError) as error:
         start(tmp_path / 'run', checkpoint_every=2)
-    assert str(error.value) == "Setting(microbatch_size=4, remat='none') [4]"
+    assert str(error.value) == "Setting(microbatch_size=4, remat='none') [1, 2, 4]"
     assert {path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()} == {'2'}
 
 

@@ -8,7 +8,7 @@ from configs import loader
 from tests.conftest import ROOT
 from train.loss import ObjectiveConfig
 from train.optimizer import OptimizerConfig
-from train.schedule import BatchRamp, Schedule, total_tokens
+from train.schedule import BatchRamp, LengthRamp, Schedule, total_tokens
 
 
 @pytest.fixture(scope='module')
@@ -109,3 +109,23 @@ def test_total_tokens_are_those_of_all_steps(ramp, steps):
     for _ in range(steps):
         tokens += (10 if ramp is None else ramp(tokens, 10)) * 8
     assert total_tokens(steps, 10, 8, ramp) == tokens
+
+
+def test_sequences_grow_with_the_tokens_seen():
+    ramp = LengthRamp(pieces=((8, 100.0), (32, 300.0)))
+    assert [ramp(tokens, 64) for tokens in (0, 99, 100, 299, 300, 10**9)] == [8, 8, 32, 32, 64, 64]
+    assert ramp.lengths == (8, 32)
+
+
+@pytest.mark.parametrize(
+    ('pieces', 'match'),
+    [
+        ((), 'must hold at least one'),
+        (((0, 10.0),), 'lengths must be positive and ascending'),
+        (((8, 10.0), (8, 20.0)), 'lengths must be positive and ascending'),
+        (((8, 10.0), (16, 10.0)), 'tokens must be positive and ascending'),
+    ],
+)
+def test_bad_length_ramp_is_refused(pieces, match):
+    with pytest.raises(ValueError, match=match):
+        LengthRamp(pieces=pieces)
