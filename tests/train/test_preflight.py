@@ -29,8 +29,8 @@ MESH = [
 ]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, '-m', 'train', '--config', str(CONFIG), *arguments]
+def run(*arguments: str, config: str = str(CONFIG)) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, '-m', 'train', '--config', config, *arguments]
     return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=280)
 
 
@@ -55,6 +55,34 @@ def test_a_step_for_eight_gpus_holds_what_eight_devices_hold():
     rows = {name: np.zeros((16, 128 + (name != 'weights')), np.int32) for name in ('tokens', 'segments', 'weights')}
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((state, as_batch(rows, layout))))
     assert argument_mb * 1e6 == pytest.approx(held, rel=0.02)
+
+
+@needs_hopper_tools
+def test_exchanges_of_a_step_go_on_while_products_run():
+    """Gradients of blocks are added up, and what experts computed travels, behind products of the pass that makes them; for what
+    does not, the table says that there is no product which could run meanwhile, or that they run at another time."""
+    layers = [
+        'config.ModelConfig.num_layers = 3',
+        'config.ModelConfig.mtp_depth = 0',
+        "PRECISION = 'bf16'",
+        'MICROBATCH = 8',
+    ]
+    arguments = as_options([*layers, *MESH, 'parallel.MeshConfig.zero = 3'])
+    config = str(ROOT / 'configs' / 'train' / 'small_h100.gin')
+    done = run('--preflight', '--gpus', '8', *arguments, config=config)
+    assert done.returncode == 0, done.stderr
+    table = re.findall(r'^(all-\S+|reduce-\S+) +\S.*?  +(\w+(?:, backward)?)  +(\S.*?)  ', done.stdout, re.MULTILINE)
+    meanwhile = {(kind, origin, what) for kind, origin, what in table}
+    for kind, origin in (
+        ('reduce-scatter', 'gather, backward'),
+        ('all-gather', 'gather, backward'),
+        ('all-to-all', 'collect'),
+        ('all-to-all', 'collect, backward'),
+        ('all-to-all', 'dispatch, backward'),
+    ):
+        assert (kind, origin, 'a product') in meanwhile, done.stdout
+    kinds = r'a product|(other kernels|nothing), (products apart|no product could)'
+    assert all(re.fullmatch(kinds, what) for _, _, what in meanwhile), done.stdout
 
 
 @needs_hopper_tools
