@@ -79,8 +79,8 @@ def declare(
         if not parallel.gather:
             declared[name] = module.param(name, initializer, shape, jnp.float32)
         else:
-            part = module.param(name, initializer, gather.local_shape(name, shape), jnp.float32)
-            declared[name] = gather.whole(name, part)
+            part = module.param(name, initializer, gather.local_shape(name, shape, config), jnp.float32)
+            declared[name] = gather.whole(name, part, config)
     return declared
 
 
@@ -105,7 +105,7 @@ class Part(nn.Module):
         masters = {name: self.get_variable('params', name) for name in self.parameter_names}
         return {
             ops.QUANTIZED: gather.whole_experts(params[ops.QUANTIZED]),
-            **{name: gather.stand_in(name, master) for name, master in masters.items()},
+            **{name: gather.stand_in(name, master, self.config) for name, master in masters.items()},
         }
 
 

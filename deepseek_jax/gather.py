@@ -16,27 +16,29 @@ from jax import lax
 from jaxtyping import Array
 
 from deepseek_jax import names, sharding
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.ops import ExpertWeights, QTensor, QuantizedWeight
 
 AXIS = 'fsdp'
 
 
-def cut_dimension(name: str) -> int | None:
+def cut_dimension(name: str, config: ModelConfig) -> int | None:
     """The dimension of a block's parameter, without the axis of layers, that is cut; None if it is whole everywhere."""
-    spec = sharding.param_spec((name,), len(names.letters(name)))
+    cut_heads = config.mla.num_heads % lax.axis_size(AXIS) == 0
+    spec = sharding.param_spec((name,), len(names.letters(name)), cut_heads)
     return spec.index(AXIS) if AXIS in spec else None
 
 
-def local_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def local_shape(name: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
     """The shape of this device's part of a parameter."""
-    cut = cut_dimension(name)
+    cut = cut_dimension(name, config)
     return tuple(size // lax.axis_size(AXIS) if index == cut else size for index, size in enumerate(shape))
 
 
 @jax.named_scope('gather')
-def whole(name: str, part: Array | QTensor) -> Array | QTensor:
+def whole(name: str, part: Array | QTensor, config: ModelConfig) -> Array | QTensor:
     """The whole of a block's parameter, of which each device has a part."""
-    cut = cut_dimension(name)
+    cut = cut_dimension(name, config)
     if cut is None:
         return part
     if not isinstance(part, QTensor):
@@ -65,9 +67,9 @@ def whole_experts(part: ExpertWeights) -> ExpertWeights:
     return ExpertWeights(weight(part.gate_up, 1), weight(part.down, 2))
 
 
-def stand_in(name: str, part: Array) -> Array:
+def stand_in(name: str, part: Array, config: ModelConfig) -> Array:
     """Something of the whole shape of a master that nothing reads: its gradient is that of the master."""
-    cut = cut_dimension(name)
+    cut = cut_dimension(name, config)
     return part if cut is None else _stand_in(part, cut)
 
 

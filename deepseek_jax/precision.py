@@ -12,6 +12,7 @@ it in bf16, as they hold everything that float8 does not compute. Decoding moves
 outputs, which is part of the attention core: bf16.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,8 +91,14 @@ class Float8Copies(NamedTuple):
             return copies
 
         def whole_blocks(path: tuple[str, ...], leaf: Array) -> bool:
-            cut = gather.cut_dimension(path[-1]) if parallel.gather else None
-            return cut is None or leaf.shape[cut + names.is_stacked(path)] % ops.BLOCK == 0
+            cut = gather.cut_dimension(path[-1], config) if parallel.gather else None
+            if cut is None:
+                return True
+            size = leaf.shape[cut + names.is_stacked(path)]
+            if names.letters(path[-1])[cut] == 'H':
+                # Heads are one side of a matrix together with their width. Products are of weights of several widths.
+                size *= math.gcd(config.mla.nope_head_dim, config.mla.rope_head_dim, config.mla.value_head_dim)
+            return size % ops.BLOCK == 0
 
         def add_experts(path: tuple[str, ...], experts: Any) -> dict[str, Any]:
             if whole_blocks((*path, 'w_up_EDF'), experts['w_up_EDF']):

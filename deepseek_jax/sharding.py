@@ -30,8 +30,9 @@ AXES = (*ROW_AXES, CONTEXT_AXIS)
 BATCH = PartitionSpec(ROW_AXES)
 """The batch, a leading B axis, is split over every mesh axis but the last; its rows are whole sequences."""
 
-_PREFERENCE = 'DVFQCHNUR'
-"""The letter that takes the fsdp axis is the first of these among a matrix's letters."""
+_PREFERENCE = 'DVFHQCNUR'
+"""The letter that takes the fsdp axis is the first of these among a matrix's letters: heads only where the axis divides them.
+Parts of ranks (Q, C) would seldom be whole blocks of 128, which float8 copies of parts are made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def param_spec(path: Sequence[str], ndim: int) -> PartitionSpec:
+def param_spec(path: Sequence[str], ndim: int, cut_heads: bool = True) -> PartitionSpec:
     """The partition of one parameter, read off its name.
 
     Vectors and the router are replicated: every token scores every expert. The experts' leading E goes over
@@ -173,6 +174,7 @@ def param_spec(path: Sequence[str], ndim: int) -> PartitionSpec:
     Args:
       path: keys of the parameter in the tree, for example `('moe_layers', 'attention', 'w_o_HUD')`.
       ndim: its rank, the stacked L axis included.
+      cut_heads: whether the devices of `fsdp` divide the heads.
 
     Raises:
       ValueError: the rank is not that of the name.
@@ -185,7 +187,8 @@ def param_spec(path: Sequence[str], ndim: int) -> PartitionSpec:
     if len(letters) > 1 and 'router' not in path[-1]:
         if letters[0] == 'E':
             axes[0] = EXPERT_AXES
-        axes[letters.index(next(letter for letter in _PREFERENCE if letter in letters))] = 'fsdp'
+        cut = next(letter for letter in _PREFERENCE if letter in letters and (cut_heads or letter != 'H'))
+        axes[letters.index(cut)] = 'fsdp'
     return PartitionSpec(*([None] * stacked), *axes)
 
 
@@ -201,7 +204,8 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     """
 
     def sharding(path: tuple[str, ...], leaf: Any) -> NamedSharding:
-        spec = param_spec(path, len(leaf.shape))
+        sizes = dict(zip(reversed(names.letters(path[-1])), reversed(leaf.shape), strict=False))
+        spec = param_spec(path, len(leaf.shape), sizes.get('H', 0) % mesh.shape['fsdp'] == 0)
         for size, axis in zip(leaf.shape, spec, strict=True):
             axes = axes_of(axis)
             if size % (devices := math.prod(mesh.shape[name] for name in axes)):

@@ -18,7 +18,10 @@ def test_param_spec_is_read_off_the_name():
         None, ('node', 'expert'), None, 'fsdp'
     )
     assert spec(('dense_layers', 'attention', 'w_o_HUD'), 4) == PartitionSpec(None, None, None, 'fsdp')
-    assert spec(('dense_layers', 'attention', 'w_uk_CHN'), 4) == PartitionSpec(None, 'fsdp', None, None)
+    assert spec(('dense_layers', 'attention', 'w_uk_CHN'), 4) == PartitionSpec(None, None, 'fsdp', None)
+    assert spec(('dense_layers', 'attention', 'w_uk_CHN'), 4, cut_heads=False) == PartitionSpec(
+        None, 'fsdp', None, None
+    )
     assert spec(('mtp', 'w_hidden_DD'), 3) == PartitionSpec(None, 'fsdp', None)
     assert spec(('embedding_VD',), 2) == PartitionSpec(None, 'fsdp')
     assert spec(('final_norm_D',), 1) == PartitionSpec(None)

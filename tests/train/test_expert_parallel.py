@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import deepseek_jax as ds
-from deepseek_jax import moe, router, sharding
+from deepseek_jax import gather, moe, router, sharding
+from deepseek_jax.ops import QTensor
 from tests.support import TINY, changed, random_params
 from train import parallel
 from train.loss import ObjectiveConfig
@@ -83,21 +84,36 @@ def test_so_do_those_in_parts_and_recomputed(config, remat):
     assert_close(found, alone())
 
 
-def test_blocks_gather_float8_copies_of_what_they_would_quantise():
-    """Widths of which the parts are whole blocks, and two (of query and value) of which they are not."""
+@pytest.mark.parametrize('heads', [2, 16])
+def test_blocks_gather_float8_copies_of_what_they_would_quantise(heads, monkeypatch):
+    """Widths of which the parts are whole blocks, and heads of which they are, or are not."""
     model = changed(
         TINY,
         num_layers=2,
         mtp_depth=0,
         model_dim=256,
         dense_ffn_dim=128,
-        mla={'kv_rank': 256, 'query_rank': 128},
+        mla={
+            'kv_rank': 256,
+            'query_rank': 128,
+            'num_heads': heads,
+            'rope_head_dim': 16,
+            'nope_head_dim': 32,
+            'value_head_dim': 16,
+        },
         moe={'ffn_dim': 128},
         precision=ds.PrecisionConfig(recipe='fp8'),
     )
     weights = random_params(model)
-    once, in_blocks = (gradients(MeshConfig(fsdp=2, zero=zero), weights, model) for zero in (1, 3))
-    assert_close(in_blocks, once)
+    once = gradients(MeshConfig(fsdp=2), weights, model)
+    gathered, whole = [], gather.whole
+    monkeypatch.setattr(
+        gather, 'whole', lambda name, part, *rest: gathered.append((name, part)) or whole(name, part, *rest)
+    )
+    assert_close(gradients(MeshConfig(fsdp=2, zero=3), weights, model), once)
+    float8 = {name for name, part in gathered if isinstance(part, QTensor)}
+    assert {'w_dq_DQ', 'w_o_HUD', 'w_gate_DF'} <= float8
+    assert float8.issuperset({'w_uq_QHN', 'w_qr_QHR', 'w_uk_CHN', 'w_uv_CHU'}) == (heads == 16)
 
 
 def test_evaluation_equals_that_of_one_device():
