@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -54,8 +54,9 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     given = (coordinator, processes, process)
     if given == (None, None, None):
         # Tasks of `srun`, not those that an interactive shell of an allocation could start.
-        if int(os.environ.get('SLURM_STEP_NUM_TASKS', '1')) > 1:
-            _initialize(cluster_detection_method='slurm')
+        tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', '1'))
+        if tasks > 1:
+            _initialize(cluster_detection_method='slurm', local_device_ids=_gpus_of_task(tasks, os.environ))
         return
     if coordinator is None or processes is None or process is None:
         raise ValueError('--coordinator HOST:PORT, --processes N and --process I belong together')
@@ -66,6 +67,18 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         raise ValueError(f'--coordinator {coordinator!r} must be HOST:PORT')
     if processes > 1:
         _initialize(coordinator_address=coordinator, num_processes=processes, process_id=process)
+
+
+def _gpus_of_task(tasks: int, environment: Mapping[str, str]) -> list[int] | None:
+    """The numbers of a task's share of its node's GPUs; None if SLURM gave none."""
+    gpus = int(environment.get('SLURM_GPUS_ON_NODE', '0'))
+    if not gpus:
+        return None
+    each, rest = divmod(gpus * int(environment['SLURM_STEP_NUM_NODES']), tasks)
+    if rest or not each or gpus % each:
+        raise ValueError(f'{tasks} tasks cannot share {gpus} GPUs of each node evenly')
+    first = int(environment['SLURM_LOCALID']) * each
+    return list(range(first, first + each))
 
 
 def _initialize(**options: Any) -> None:
@@ -112,15 +125,21 @@ def main_first(name: str) -> Iterator[None]:
             barrier(name)
 
 
-def check_same(what: str, text: str) -> None:
-    """Raises `ValueError`, in all processes, unless all give the same text."""
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises `ValueError`, in all processes, unless all give the same values, by their `repr`."""
     if not several():
         return
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
-    digests = multihost_utils.process_allgather(digest)
-    others = [str(index) for index, other in enumerate(digests) if not np.array_equal(other, digests[0])]
-    if others:
-        raise ValueError(f'{what}: that of process {", ".join(others)} is not that of process 0')
+    text = '\n'.join(f'{name}={value!r}' for name, value in values.items()).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    if (digests == digests[0]).all():
+        return
+    longest = int(np.max(multihost_utils.process_allgather(np.array(len(text)))))
+    texts = np.asarray(multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8)))
+    first, *others = (bytes(row).decode().rstrip().split('\n') for row in texts)
+    process, other = next((index, lines) for index, lines in enumerate(others, 1) if lines != first)
+    here, there = (next(iter(set(one) - set(two)), 'nothing') for one, two in ((first, other), (other, first)))
+    raise ValueError(f'processes must have the same configuration: process 0 has {here}, process {process} has {there}')
 
 
 class Sums:

@@ -124,7 +124,7 @@ def train(
         return None
     if run_dir is None:
         raise ValueError('run_dir=None: name the directory that the run is written to')
-    processes.check_same('configuration', repr({**arguments, 'config_text': None, 'stop': None}))
+    processes.check_same({name: value for name, value in arguments.items() if name not in ('config_text', 'stop')})
     layout = mesh.make()
     share = parallel.row_share(layout)
     directory = pathlib.Path(run_dir)

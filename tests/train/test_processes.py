@@ -182,7 +182,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(fleet)
     fleet.start(2, mesh, each=lambda index: [f'SEED = {index}'])
     assert fleet.codes() == [2, 2]
     for index in range(2):
-        assert 'error: configuration: that of process 1 is not that of process 0' in fleet.log(f'{index}.log')
+        assert 'configuration: process 0 has seed=0, process 1 has seed=1' in fleet.log(f'{index}.log')
     fleet.start(2, 'parallel.MeshConfig.fsdp = 2')
     assert fleet.codes() == [2, 2]
     for index in range(2):
@@ -215,6 +215,21 @@ def test_bad_command_lines_are_refused(words, message, monkeypatch, capsys, tmp_
     assert command_line.main() == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('tasks', 'nodes', 'gpus', 'local', 'wanted'),
+    [(16, 2, 8, 3, [3]), (2, 2, 8, 0, [0, 1, 2, 3, 4, 5, 6, 7]), (4, 1, 8, 3, [6, 7]), (2, 1, 0, 1, None)],
+)
+def test_tasks_share_the_gpus_of_their_node(tasks, nodes, gpus, local, wanted):
+    environment = {'SLURM_STEP_NUM_NODES': str(nodes), 'SLURM_GPUS_ON_NODE': str(gpus), 'SLURM_LOCALID': str(local)}
+    assert processes._gpus_of_task(tasks, environment) == wanted
+
+
+def test_tasks_that_cannot_share_gpus_are_refused():
+    environment = {'SLURM_STEP_NUM_NODES': '1', 'SLURM_GPUS_ON_NODE': '8', 'SLURM_LOCALID': '0'}
+    with pytest.raises(ValueError, match='3 tasks cannot share 8 GPUs of each node evenly'):
+        processes._gpus_of_task(3, environment)
 
 
 def test_sums_of_one_process_are_its_counts():
