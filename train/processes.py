@@ -11,6 +11,7 @@ others when its heartbeats stay away.
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -33,6 +34,9 @@ LAST_WORDS_SECONDS = 3
 
 LOST = 75
 """The exit code of a process that ends because another one did: what was saved is whole, and the same command goes on from it."""
+
+_SIGNS_OF_LOSS = re.compile('gloo|nccl|connection|unavailable|heartbeat|barrier|coordination', re.IGNORECASE)
+"""What JAX's errors say where another process does not answer; their type is that of all errors."""
 
 FAILED = 70
 """The exit code of one of several processes that ends because of something unforeseen, with a traceback."""
@@ -190,7 +194,7 @@ def ending_alone(saved_step: Any) -> Iterator[None]:
     except BaseException as error:
         if not several():
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) and _SIGNS_OF_LOSS.search(str(error)):
             step = saved_step()
             on = 'nothing is saved yet' if step is None else f'the same command goes on from step {step}'
             print(f'error: another process was lost ({_first_line(error)}): {on}', file=sys.stderr)
