@@ -160,7 +160,7 @@ def test_a_lost_process_ends_the_others_and_the_supervisor_starts_them_again(fle
     children = subprocess.run(
         ['pgrep', '-P', str(supervisor.pid), '-f', 'train'], capture_output=True, text=True, check=True
     )
-    victim, other = map(int, children.stdout.split())
+    other, victim = sorted(map(int, children.stdout.split()))  # process 0, and the last one
     os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
     while pathlib.Path(f'/proc/{other}').exists():
