@@ -2,8 +2,9 @@
 
 `python benchmarks/scaling.py --gpus 2` trains a few steps of `configs/train/small_h100.gin` on one GPU and on meshes of all: copies of
 the state (data), the state cut (fsdp), blocks that gather their parameters (ZeRO-3), experts apart (expert) with room for all
-tokens or for a quarter more than an even share. Work a GPU is equal. Efficiency is tokens a second against N times those of one GPU; the loss of each step is held against that of one GPU with
-the batch of all of them, in parts. `--profile` of `python -m train` measures, and says where the rest goes.
+tokens or for a quarter more than an even share. Work a GPU is equal. Efficiency is tokens a second against N times those of one GPU;
+the loss of each step is held against that of one GPU with the batch of all of them, in parts. `--profile` of `python -m train`
+measures, and says where the rest goes.
 
 Writes `benchmarks/results/NAME.json`. With `--config configs/train/tiny_cpu.gin` and
 XLA_FLAGS=--xla_force_host_platform_device_count=2 it runs on a CPU, where it says nothing about speed.

@@ -22,12 +22,8 @@ CHECKPOINTS = 'checkpoints'
 PARAMS = 'params'
 
 
-def load_run(
-    directory: str | os.PathLike, step: int | None = None, places: Any = None
-) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
+def load_run(directory: str | os.PathLike, step: int | None = None) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
     """The configuration and parameters of a run's newest checkpoint, or of the one at `step`.
-
-    With `places`, a tree of shardings, the parameters lie there; else on this process's first device.
 
     Raises:
       FileNotFoundError: the directory is no run directory, or has no such checkpoint.
@@ -44,8 +40,7 @@ def load_run(
         shapes = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
         # Wherever they lay when they were saved.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = jax.tree.map(lambda _: here, shapes) if places is None else places
-        shapes = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
+        shapes = jax.tree.map(lambda leaf: leaf.update(sharding=here), shapes)
         return config, load_parts(checkpointer, step, {PARAMS: shapes})[PARAMS]
 
 

@@ -26,7 +26,8 @@ def main() -> int:
     """Runs the command line and returns the exit code.
 
     2, with one line on standard error, for bad input; 1, with one too, if training cannot go on; 75 if it cannot because another
-    process was lost, 70 if this one of several failed; 128 and the number of the signal if one ended it, its last step saved, 143 if another process got one.
+    process was lost, 70 if this one of several failed; 128 and the number of the signal if one ended it, its last step saved, 143
+    if another process got one.
     """
     parser = _Parser(prog='python -m train', description=__doc__)
     parser.add_argument('--config', required=True, metavar='FILE.gin', help='the configuration to train')

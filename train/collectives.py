@@ -102,6 +102,7 @@ def _walk(computations: dict[str, list[_Instruction]], name: str, times: int) ->
     for one, operands in needs.items():
         for operand in needed_by.keys() & operands:
             needed_by[operand].append(one)
+    runs = {one.name: _runs(computations, one) for one in instructions}
     for index, instruction in enumerate(instructions):
         for called, rounds in _called(instruction):
             yield from _walk(computations, called, times * rounds)
@@ -109,9 +110,8 @@ def _walk(computations: dict[str, list[_Instruction]], name: str, times: int) ->
         if kind in KINDS:
             window, result = _window(instructions, index)
             bound = _reach(needs, instruction.name) | _reach(needed_by, instruction.name)
-            free = [one for one in instructions if one.name not in bound and _runs(computations, one) == 'product']
-            runs = [_runs(computations, one) for one in window]
-            yield _collective(kind, instruction, result, times, runs, len(free))
+            free = sum(kind == 'product' and name not in bound for name, kind in runs.items())
+            yield _collective(kind, instruction, result, times, [runs[one.name] for one in window], free)
 
 
 def _reach(edges: Mapping[str, Sequence[str]], start: str) -> set[str]:

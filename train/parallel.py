@@ -51,6 +51,11 @@ class Layout(NamedTuple):
         """Devices that the rows of a batch are cut over."""
         return self.mesh.size // self.parallel.context.devices
 
+    @property
+    def batch(self) -> NamedSharding:
+        """Where the rows of a batch lie."""
+        return NamedSharding(self.mesh, sharding.BATCH)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -158,13 +163,12 @@ def is_first_of_share(layout: Layout | None) -> bool:
 def _held_rows(layout: Layout) -> dict[int, tuple[int, ...]]:
     """Of each process, which of as many rows as there are devices for rows it holds."""
     held: dict[int, set[int]] = {}
-    places = NamedSharding(layout.mesh, sharding.BATCH).devices_indices_map((layout.row_devices,))
-    for device, (rows,) in places.items():
+    for device, (rows,) in layout.batch.devices_indices_map((layout.row_devices,)).items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
     return {process: tuple(sorted(rows)) for process, rows in held.items()}
 
 
-def places(tree: Any, params: Any, layout: Layout | None) -> Any:
+def places(tree: Any, params: Any, layout: Layout | None, alone: Any = None) -> Any:
     """Where each leaf of a tree (of arrays or shapes) lies: what bears a parameter's path, at its end, as the parameter.
 
     Everything else, and everything without a layout, lies whole on each device.
@@ -172,13 +176,15 @@ def places(tree: Any, params: Any, layout: Layout | None) -> Any:
     Args:
       tree: a state, or a part of one.
       params: the parameters.
-      layout: the devices; None is the first one alone.
+      layout: the devices; None is one alone.
+      alone: that one; None is the first of JAX.
 
     Raises:
       ValueError: a parameter's dimension is not a multiple of the mesh axis that it is cut over.
     """
     if layout is None:
-        return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), tree)
+        here = SingleDeviceSharding(jax.devices()[0] if alone is None else alone)
+        return jax.tree.map(lambda _: here, tree)
     table: dict[tuple[str, ...], NamedSharding] = {}
     names.map_with_names(
         lambda path, place: table.setdefault(path, place), sharding.param_shardings(params, layout.mesh)

@@ -17,17 +17,16 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, SingleDeviceSharding
 
 import deepseek_jax as ds
-from deepseek_jax import sharding
-from train import memory, parallel
+from train import memory
 from train.collectives import Collective, collectives
 from train.guard import GuardConfig
 from train.loss import ObjectiveConfig
 from train.optimizer import OptimizerConfig
 from train.parallel import Layout, MeshConfig
-from train.step import Hyperparameters, State, init_state, jit_step
+from train.step import Hyperparameters, State, jit_step, state_shapes
 
 TARGET = pathlib.Path(__file__).parent / 'h100.txtpb'
 PLUGIN = 'jax_cuda13_plugin'
@@ -161,18 +160,13 @@ def shapes(
     sequence_length: int,
 ) -> tuple[State, dict[str, jax.ShapeDtypeStruct]]:
     """What a step is given, in its places."""
-    state = jax.eval_shape(lambda key: init_state(key, model, optimizer, guard), jax.random.key(0))
-    if layout is None:
-        alone = SingleDeviceSharding(present[0])
-        places, rows = jax.tree.map(lambda _: alone, state), alone
-    else:
-        places, rows = parallel.places(state, state.params, layout), NamedSharding(layout.mesh, sharding.BATCH)
+    rows = SingleDeviceSharding(present[0]) if layout is None else layout.batch
     lengths = {'tokens': sequence_length + 1, 'segments': sequence_length + 1, 'weights': sequence_length}
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, length), 'float32' if name == 'weights' else 'int32', sharding=rows)
         for name, length in lengths.items()
     }
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, places), batch
+    return state_shapes(model, optimizer, guard, layout, present[0]), batch
 
 
 def _abstract(device: Any) -> jax.sharding.AbstractDevice:

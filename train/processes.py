@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -179,7 +179,7 @@ class Sum:
 
 
 @contextlib.contextmanager
-def ending_alone(saved_step: Any) -> Iterator[None]:
+def ending_alone(saved_step: Callable[[], int | None]) -> Iterator[None]:
     """Within, what goes wrong in one of several processes ends it at once: the others wait for it, and it for nobody.
 
     A `TrainingError` comes to all at the same step and passes, as everything does where there is one process.
@@ -195,9 +195,9 @@ def ending_alone(saved_step: Any) -> Iterator[None]:
         if not several():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and _SIGNS_OF_LOSS.search(str(error)):
-            step = saved_step()
+            step, why = saved_step(), str(error).partition('\n')[0][:200]
             on = 'nothing is saved yet' if step is None else f'the same command goes on from step {step}'
-            print(f'error: another process was lost ({_first_line(error)}): {on}', file=sys.stderr)
+            print(f'error: another process was lost ({why}): {on}', file=sys.stderr)
             _end(LOST)
         traceback.print_exc()
         _end(FAILED)
@@ -216,7 +216,3 @@ def _end(code: int) -> NoReturn:
     if is_main():
         time.sleep(LAST_WORDS_SECONDS)
     os._exit(code)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition('\n')[0][:200]

@@ -27,7 +27,7 @@ from train.parallel import Layout, MeshConfig
 from train.prefetch import prefetch
 from train.preflight import preflight as compile_step
 from train.profile import Profiler
-from train.step import State, init_state
+from train.step import State, init_state, state_shapes
 from train.stop import StopSignals
 
 PROFILE_FOLDER = 'profile'
@@ -154,7 +154,8 @@ def train(
     rows = data_lib.training_rows(corpus, sequence_length, seed, *share, first_row=progress.next_row)
     if saved is None:
         with processes.main_first('run directory'):
-            _make_run_dir(directory, model, corpus)
+            if processes.is_main():
+                _make_run_dir(directory, model, corpus)
         saved = Checkpoints(directory, checkpoints)
     if config_text is not None and processes.is_main():
         (directory / CONFIG_FILE).write_text(config_text(), encoding='utf-8')
@@ -184,6 +185,7 @@ def train(
     length = None if length_ramp is None else functools.partial(length_ramp, final=sequence_length)
     taken = batches(rows, progress, total_steps, size, share[1], length)
     listening = contextlib.nullcontext() if stop is None else stop.listening()
+    asked = lambda: stop is not None and stop.received is not None  # noqa: E731
     try:
         with (
             processes.ending_alone(lambda: saved.latest_step),
@@ -195,14 +197,14 @@ def train(
                     progress.step, functools.partial(jax.block_until_ready, state), loop.launch_separately
                 ):
                     return None
-                state = loop.step(state, given, waited, stop is not None and stop.received is not None)
+                state = loop.step(state, given, waited, asked())
                 progress = given.progress
                 if profiler:
                     continue
                 if progress.step % eval_every == 0 or progress.step == total_steps:
                     loop.evaluate(state, progress)
                 # Alone, a run stops at once; together, when the measurements say that one of them was asked.
-                stopped = loop.asked_to_stop if processes.several() else stop is not None and stop.received is not None
+                stopped = loop.asked_to_stop if processes.several() else asked()
                 if progress.step % checkpoint_every == 0 or progress.step == total_steps or stopped:
                     # A run that resumes from this step does not take it again: its line must be there.
                     loop.write_pending()
@@ -236,10 +238,10 @@ def _restore_or_init(
     init_from: str | None,
     layout: Layout | None,
 ) -> tuple[State, Progress]:
-    shapes = jax.eval_shape(lambda key: init_state(key, model, optimizer, guard), jax.random.key(0))
-    places = parallel.places(shapes, shapes.params, layout)
+    shapes = state_shapes(model, optimizer, guard, layout)
     if saved is not None and saved.latest_step is not None:
-        return saved.restore(jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places))
+        return saved.restore(shapes)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     initial = None if init_from is None else _load_initial(init_from, model)
     state = init_state(jax.random.key(seed), model, optimizer, guard, places)
     if initial is not None:
@@ -269,8 +271,6 @@ def _load_initial(path: str, model: ds.ModelConfig) -> Any:
 
 
 def _make_run_dir(directory: pathlib.Path, model: ds.ModelConfig, corpus: data_lib.Corpus) -> None:
-    if not processes.is_main():
-        return
     directory.mkdir(parents=True, exist_ok=True)
     # First: without it the directory is taken for something else and left alone.
     run_files.write_model_file(directory, model, _tokenizer_name(corpus.config))

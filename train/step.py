@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 import deepseek_jax as ds
@@ -59,6 +58,15 @@ def init_state(
     params = ds.init(key, model, places.params)
     moments = jax.jit(make_optimizer(optimizer).init, out_shardings=places.optimizer)(params)
     return State(params, moments, jax.device_put(guard_lib.no_history(guard), places.guard))
+
+
+def state_shapes(
+    model: ds.ModelConfig, optimizer: OptimizerConfig, guard: GuardConfig, layout: Layout | None, alone: Any = None
+) -> State:
+    """The shapes of a state, each in its place; without a layout that is a device alone (`parallel.places`)."""
+    shapes = jax.eval_shape(lambda key: init_state(key, model, optimizer, guard), jax.random.key(0))
+    places = parallel.places(shapes, shapes.params, layout, alone)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
 
 
 def step(
@@ -205,5 +213,4 @@ def as_batch(rows: Mapping[str, Any], layout: Layout | None = None) -> dict[str,
     rows (`parallel.row_share`)."""
     if layout is None:
         return jax.device_put(dict(rows))
-    places = NamedSharding(layout.mesh, sharding.BATCH)
-    return {name: jax.make_array_from_process_local_data(places, values) for name, values in rows.items()}
+    return {name: jax.make_array_from_process_local_data(layout.batch, values) for name, values in rows.items()}
