@@ -14,8 +14,8 @@ have are written for every tile, all the same, so that nothing else changes.
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.expert_ffn_fp8 import api as expert_ffn
 from pallas_kernels.ffn_fp8 import api as ffn
-from pallas_kernels.fp8 import BLOCK
+from pallas_kernels.fp8 import BLOCK, Quantized
 from pallas_kernels.gemm_fp8 import kernel
 from pallas_kernels.groups import group_starts
 from pallas_kernels.implementation import hopper_cores
@@ -80,9 +80,43 @@ def no_promotion() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unpromoted() -> Iterator[None]:
-    """Products without promotion, of operands with one scale a matrix."""
-    with mock.patch.object(kernel, '_Tile', UnpromotedTile), _fresh_traces():
+    """Products without promotion, of operands with one scale a matrix; matrices that lie side by side along K are products
+    of their own."""
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(kernel, '_Tile', UnpromotedTile))
+        for module in (linear, ffn):
+            enter(mock.patch.object(module, 'join', functools.partial(_apart_along_k, module.join)))
+            enter(mock.patch.object(module, 'gemm_fp8', functools.partial(_product_by_product, module.gemm_fp8)))
+        enter(_fresh_traces())
         yield
+
+
+class _Apart(NamedTuple):
+    """Weights that stand side by side along K, each with a scale of its own."""
+
+    parts: tuple[Quantized, ...]
+
+
+def _apart_along_k(
+    join: Callable[..., Quantized], parts: Sequence[Quantized], axis: int, whole: bool = False
+) -> Quantized | _Apart:
+    if axis == 0 or len(parts) == 1:
+        return join(parts, axis, whole)
+    return _Apart(tuple(join([part], axis, whole=True) for part in parts))
+
+
+def _product_by_product(
+    multiply: Callable[..., jax.Array], lhs: Quantized, rhs: Quantized | _Apart, *, out_dtype: Any, **options: Any
+) -> jax.Array:
+    if isinstance(rhs, Quantized):
+        return multiply(lhs, rhs, out_dtype=out_dtype, **options)
+    products, start = [], 0
+    for part in rhs.parts:
+        k = slice(start, start := start + part.values.shape[1])
+        lhs_part = Quantized(lhs.values[:, k], lhs.scales[k.start // BLOCK : k.stop // BLOCK])
+        products.append(multiply(lhs_part, part, out_dtype=jnp.float32, **options))
+    return sum(products).astype(out_dtype)
 
 
 @contextlib.contextmanager

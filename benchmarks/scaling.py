@@ -96,7 +96,7 @@ def table(found: Mapping[str, dict[str, Any]], compared: Mapping[str, dict[str, 
     """A line a run."""
     lines = [f'{"":24}{"tokens/s":>12}{"efficiency":>12}{"loss differs":>14}{"peak GiB":>10}']
     for name, run in found.items():
-        peak = run.get('peak_bytes')
+        peak = run['peak_memory_bytes']
         more = compared.get(name)
         values = ('', '') if more is None else (f'{more["efficiency"]:.1%}', f'{more["loss_difference"]:.1e}')
         memory = '' if peak is None else f'{peak / 2**30:.1f}'

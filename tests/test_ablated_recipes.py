@@ -143,6 +143,30 @@ def test_unpromoted_products_are_the_same_up_to_their_sums(monkeypatch):
         np.testing.assert_allclose(found_MN, wanted_MN, rtol=1e-5, atol=1e-4 * float(jnp.abs(wanted_MN).max()))
 
 
+def test_unpromoted_gradients_of_weights_that_share_a_product_are_the_same_up_to_their_sums(monkeypatch):
+    """Weights of very different sizes, whose scales would be one in a sum that stays in the tensor cores."""
+    config = GemmConfig(wgs_m=1, wgs_n=1, wg_columns=64, waves=2, stages=2)
+    interpreted = lambda lhs, rhs, *, out_dtype, implementation: sm90.gemm_fp8(  # noqa: E731
+        lhs, rhs, out_dtype, config, plgpu.InterpretGPUParams()
+    )
+    monkeypatch.setattr(kernel, 'hopper_cores', lambda: 2)
+    x_MK, *down = (jax.random.normal(jax.random.key(seed), (128, 128)) for seed in range(3))
+    gate_up = (down[0], 30 * down[1])
+
+    def gradients() -> tuple:
+        with recipes.per_tensor():
+            linears = jax.grad(lambda x: sum(y.sum() for y in pk.linears_fp8(x, gate_up)))(x_MK)
+            return linears, jax.grad(lambda x: pk.ffn_fp8(x, (*gate_up, down[0])).sum())(x_MK)
+
+    wanted = gradients()
+    for module in (recipes.linear, recipes.ffn):
+        monkeypatch.setattr(module, 'gemm_fp8', interpreted)
+    with recipes.unpromoted():
+        found = gradients()
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4 * float(jnp.abs(other).max()))
+
+
 def test_no_promotion_asks_for_a_hopper_gpu():
     with pytest.raises(NotImplementedError, match='Hopper'), recipes.no_promotion():
         pass
