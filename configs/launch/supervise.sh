@@ -58,9 +58,19 @@ start() {
   done
 }
 
+# What the exit code of a process says, where it says something.
+meaning() {
+  case $1 in
+    75) echo ': another one was lost' ;;
+    134) echo ': ended by JAX, as it does when another one is lost' ;;
+    143) echo ': asked to stop' ;;
+    137) echo ': killed' ;;
+  esac
+}
+
 # Waits for all; the worst code comes back in `code`. Once a process has failed, the others have half a minute.
 await() {
-  local left=("${pids[@]}") ended deadline=0 process
+  local left=("${pids[@]}") ended deadline=0 process index
   code=0
   while ((${#left[@]})); do
     local still=()
@@ -72,7 +82,9 @@ await() {
       wait "$process"
       ended=$?
       if ((ended != 0)); then
-        echo "supervise: process $process ended with $ended" >&2
+        for index in "${!pids[@]}"; do
+          if ((pids[index] == process)); then echo "supervise: process $index ended with $ended$(meaning "$ended")" >&2; fi
+        done
         # What its input or the training itself is to blame for counts most, then a wish to stop.
         case "$code/$ended" in
           */2 | */1) code=$ended ;;

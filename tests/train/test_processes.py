@@ -169,6 +169,7 @@ def test_a_lost_process_ends_the_others_and_the_supervisor_starts_them_again(fle
     assert fleet.codes() == [0], fleet.log('0.log')
     log = fleet.log('0.log')
     assert re.search(r'error: another process was lost .*: the same command goes on from step \d+', log)
+    assert 'supervise: process 1 ended with 137: killed' in log
     assert 'supervise: a process was lost; starting again in 1 s (1 of 2)' in log
     first, second = map(int, re.findall(r'from step (\d+) to 40', log))
     assert first == 0
