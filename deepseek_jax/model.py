@@ -10,7 +10,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax import mla, moe, ops, rope
+from deepseek_jax import mla, moe, names, ops, rope
 from deepseek_jax.block import Block, declare, rematerialised
 from deepseek_jax.cache import Cache
 from deepseek_jax.config import ModelConfig
@@ -18,6 +18,7 @@ from deepseek_jax.mtp import MTPModule
 from deepseek_jax.norm import rms_norm
 from deepseek_jax.precision import compute_dtype
 from deepseek_jax.sharding import ALONE, ContextParallel, Parallel
+from deepseek_jax.stages import through_stages
 
 Params = Mapping[str, Any]
 
@@ -77,6 +78,8 @@ class DeepSeekV3(nn.Module):
         for name, length in (('dense_layers', config.num_dense_layers), ('moe_layers', config.num_moe_layers)):
             if length == 0:
                 continue
+            stages = self.parallel.stages if name == names.PIPELINED else ALONE.stages
+            length //= stages.devices
             stack = nn.scan(
                 rematerialised(Block, config),
                 variable_axes={'params': 0},
@@ -85,6 +88,10 @@ class DeepSeekV3(nn.Module):
                 length=length,
                 unroll=min(config.scan_unroll, length),
             )(config, use_moe=name == 'moe_layers', absorbed=self.absorbed, parallel=self.parallel, name=name)
+            if stages.devices > 1:
+                x_BTD, balance = through_stages(stack, x_BTD, attend, stages)
+                balances.append(balance)
+                continue
             part = jax.tree.map(lambda leaf, start=start, length=length: leaf[start : start + length], cache)
             x_BTD, (part, balance) = stack(x_BTD, attend, part)
             caches.append(part)

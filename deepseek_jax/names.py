@@ -12,6 +12,8 @@ import jax
 LETTERS = 'BTSDHNRUQCFEeKGJVLPM'
 STACKED = ('dense_layers', 'moe_layers', 'mtp')
 """Top-level scopes whose parameters are stacked along a leading L axis."""
+PIPELINED = 'moe_layers'
+"""The one of them whose layers may lie on many devices."""
 
 
 def letters(name: str) -> str:

@@ -4,6 +4,7 @@ A parameter's sharding is read off its name: `w_up_EDF` of stacked layers is sha
 Axes are of type Auto: the compiler places the collectives.
 
   data     replicates parameters, splits the batch
+  stage    splits the expert layers, one stretch a device, and the batch
   fsdp     splits parameters and the batch
   node     splits the experts and the batch: nodes that the experts of one copy lie on
   expert   splits the experts of a node and the batch
@@ -24,7 +25,8 @@ from deepseek_jax import names
 from deepseek_jax.config import MoEConfig
 
 EXPERT_AXES = ('node', 'expert')
-ROW_AXES = ('data', 'fsdp', *EXPERT_AXES)
+STAGE_AXIS = 'stage'
+ROW_AXES = ('data', STAGE_AXIS, 'fsdp', *EXPERT_AXES)
 CONTEXT_AXIS = 'context'
 AXES = (*ROW_AXES, CONTEXT_AXIS)
 BATCH = PartitionSpec(ROW_AXES)
@@ -129,6 +131,19 @@ class ContextParallel:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageParallel:
+    """Expert layers of which each device has a stretch (`deepseek_jax.stages`).
+
+    Attributes:
+      devices: along mesh axis `stage`. One has all layers.
+      parts: microbatches that a device's rows pass through the stages in.
+    """
+
+    devices: int = 1
+    parts: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Parallel:
     """What a function that `jax.shard_map` maps over devices has to fetch from the others.
 
@@ -136,11 +151,13 @@ class Parallel:
       experts: how rows get to experts on other devices; None if every device has all.
       gather: blocks find their parameters cut over `fsdp`, and make them whole where they use them; else they are whole.
       context: which tokens of a sequence are here, and how all of them are seen.
+      stages: how many devices the expert layers are cut over, and how rows pass through them.
     """
 
     experts: ExpertParallel | None = None
     gather: bool = False
     context: ContextParallel = ContextParallel()
+    stages: StageParallel = StageParallel()
 
 
 ALONE = Parallel()
@@ -153,14 +170,15 @@ def make_mesh(
     expert: int = 1,
     node: int = 1,
     context: int = 1,
+    stage: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh with axes `AXES`. Raises `ValueError` if their product is not the device count."""
     devices = jax.devices() if devices is None else devices
-    sizes = (data, fsdp, node, expert, context)
+    sizes = (data, stage, fsdp, node, expert, context)
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise ValueError(
-            f'make_mesh: {data=} x {fsdp=} x {node=} x {expert=} x {context=} must equal the {len(devices)} devices'
+            f'make_mesh: {data=} x {stage=} x {fsdp=} x {node=} x {expert=} x {context=} must equal the {len(devices)} devices'
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -169,7 +187,7 @@ def param_spec(path: Sequence[str], ndim: int, cut_heads: bool = True) -> Partit
     """The partition of one parameter, read off its name.
 
     Vectors and the router are replicated: every token scores every expert. The experts' leading E goes over
-    `node` and `expert`; of a matrix's letters one goes over `fsdp`.
+    `node` and `expert`; of a matrix's letters one goes over `fsdp`. The stacked L axis of expert layers goes over `stage`.
 
     Args:
       path: keys of the parameter in the tree, for example `('moe_layers', 'attention', 'w_o_HUD')`.
@@ -189,7 +207,8 @@ def param_spec(path: Sequence[str], ndim: int, cut_heads: bool = True) -> Partit
             axes[0] = EXPERT_AXES
         cut = next(letter for letter in _PREFERENCE if letter in letters and (cut_heads or letter != 'H'))
         axes[letters.index(cut)] = 'fsdp'
-    return PartitionSpec(*([None] * stacked), *axes)
+    layers = [STAGE_AXIS if path[0] == names.PIPELINED else None]
+    return PartitionSpec(*(layers if stacked else ()), *axes)
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -123,8 +123,8 @@ class StepPrograms:
             if not memory.is_exhausted(error):
                 raise
             self.report('out of memory: compiling the training step in smaller parts to see what fits')
-            row_devices = 1 if self.layout is None else self.layout.row_devices
-            sizes = memory.divisors(self.batch_sizes, row_devices)
+            multiple = 1 if self.layout is None else self.layout.row_multiple
+            sizes = memory.divisors(self.batch_sizes, multiple)
             text = memory.explain(self._present(), sizes, self._needed_bytes, memory.available_bytes())
             raise memory.OutOfMemoryError(text) from error
 

@@ -1,6 +1,7 @@
 """Training on many devices: where the state and the batch lie, and what devices exchange for a gradient.
 
-  state     parameters and both moments, cut over `fsdp`, experts also over `node` and `expert`; copies over `data` and `context`
+  state     parameters and both moments, cut over `fsdp`, experts also over `node` and `expert`, expert layers over `stage`;
+            copies over `data` and `context`
   batch     rows, cut over all axes but `context`; copies over that one, of which each device takes its own tokens
 
   a step    gather parameters over `fsdp`     each device: gradient of its tokens   add up over `data` and `context`,
@@ -13,6 +14,9 @@ them (ZeRO-3, `deepseek_jax.gather`), and gradients are added up and cut block b
 time, and travel once for each microbatch and pass. Experts stay where they are, and rows of
 tokens travel to them (`deepseek_jax.sharding.ExpertParallel`), so their gradients are whole but for `data`, `fsdp` and
 `context`. Every device's loss is its share of the batch's, so all that is exchanged beside is added up.
+
+Expert layers are cut over `stage`, and rows pass through them (`deepseek_jax.stages`): their parameters and gradients stay where
+they are. All else counts each device's rows, as along `data`.
 
 Long sequences are cut over `context` (`deepseek_jax.sharding.ContextParallel`). What follows and what precedes a token, its target
 and its document, is read off the whole row. Else it meets others in attention only: there the normalised latents and rotated keys of the
@@ -32,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from deepseek_jax import names, sharding
 from deepseek_jax.config import check_types, require_positive
-from deepseek_jax.sharding import ContextParallel, ExpertParallel, Parallel
+from deepseek_jax.sharding import ContextParallel, ExpertParallel, Parallel, StageParallel
 
 
 class Layout(NamedTuple):
@@ -50,6 +54,11 @@ class Layout(NamedTuple):
     def row_devices(self) -> int:
         """Devices that the rows of a batch are cut over."""
         return self.mesh.size // self.parallel.context.devices
+
+    @property
+    def row_multiple(self) -> int:
+        """What the rows of every batch and microbatch are a multiple of."""
+        return self.row_devices * self.parallel.stages.parts
 
     @property
     def batch(self) -> NamedSharding:
@@ -70,6 +79,8 @@ class MeshConfig:
         exceeds it is not computed, and counted in the metrics. None makes room for everything.
       zero: what of ZeRO there is: 1, parameters are gathered once a step; 3, those of each block where it uses them.
       context: devices that each sequence is cut over, for sequences whose activations exceed one device.
+      stage: devices that the expert layers are cut over, as the stages of a pipeline.
+      stage_parts: microbatches that the rows of a device pass through them in: more of them leave less time unused.
     """
 
     data: int = 1
@@ -79,14 +90,19 @@ class MeshConfig:
     capacity_factor: float | None = None
     zero: Literal[1, 3] = 1
     context: int = 1
+    stage: int = 1
+    stage_parts: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_positive(self, 'data', 'fsdp', 'expert', 'expert_nodes', 'capacity_factor', 'context')
+        sizes = ('data', 'fsdp', 'expert', 'expert_nodes', 'context', 'stage', 'stage_parts')
+        require_positive(self, *sizes, 'capacity_factor')
         if self.expert % self.expert_nodes:
             raise ValueError(f'MeshConfig.expert={self.expert} must be a multiple of expert_nodes={self.expert_nodes}')
         if self.capacity_factor is not None and self.expert == 1:
             raise ValueError(f'MeshConfig.capacity_factor={self.capacity_factor} needs expert above 1')
+        if self.stage_parts > 1 and self.stage == 1:
+            raise ValueError(f'MeshConfig.stage_parts={self.stage_parts} needs stage above 1')
 
     @property
     def size(self) -> int:
@@ -96,7 +112,15 @@ class MeshConfig:
     @property
     def row_devices(self) -> int:
         """Devices that the rows of every batch and microbatch are cut over."""
-        return self.data * self.fsdp * self.expert
+        return self.data * self.stage * self.fsdp * self.expert
+
+    @property
+    def row_multiple(self) -> int:
+        """What the rows of every batch and microbatch must be a multiple of."""
+        return self.row_devices * self.stage_parts
+
+    def __str__(self) -> str:
+        return f'data={self.data} x stage={self.stage} x fsdp={self.fsdp} x expert={self.expert} x context={self.context}'
 
     def make(self, devices: Sequence[Any] | None = None) -> Layout | None:
         """The layout on the first devices; None of one device, which cuts nothing.
@@ -108,13 +132,12 @@ class MeshConfig:
             devices = jax.devices()
             if jax.process_count() > 1 and self.size != len(devices):
                 raise ValueError(
-                    f'parallel.MeshConfig is of {self.size} devices (data={self.data} x fsdp={self.fsdp} x expert={self.expert} x '
-                    f'context={self.context}): {jax.process_count()} processes must train on all of their {len(devices)}'
+                    f'parallel.MeshConfig is of {self.size} devices ({self}): {jax.process_count()} processes must train on all '
+                    f'of their {len(devices)}'
                 )
         if self.size > len(devices):
             raise ValueError(
-                f'MeshConfig: data={self.data} x fsdp={self.fsdp} x expert={self.expert} x context={self.context} are '
-                f'{self.size} devices, there are {len(devices)}'
+                f'MeshConfig: {self} are {self.size} devices, there are {len(devices)}'
             )
         if self.size == 1:
             return None
@@ -124,11 +147,13 @@ class MeshConfig:
             node=self.expert_nodes,
             expert=self.expert // self.expert_nodes,
             context=self.context,
+            stage=self.stage,
             devices=devices[: self.size],
         )
         hops = tuple(axis for axis in sharding.EXPERT_AXES if mesh.shape[axis] > 1)
         experts = ExpertParallel(hops, self.capacity_factor) if hops else None
-        return Layout(mesh, Parallel(experts, gather=self.zero == 3, context=ContextParallel(self.context)))
+        stages = StageParallel(self.stage, self.stage_parts)
+        return Layout(mesh, Parallel(experts, self.zero == 3, ContextParallel(self.context), stages))
 
 
 def row_share(layout: Layout | None) -> tuple[int, int]:

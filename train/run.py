@@ -171,7 +171,7 @@ def train(
         batch_sizes=_batch_sizes(total_steps, batch_size, sequence_length, batch_ramp),
         sequence_length=sequence_length,
         eval_rows=eval_rows,
-        eval_batch_size=_round_up(min(microbatch_size or batch_size, eval_rows), mesh.row_devices),
+        eval_batch_size=_round_up(min(microbatch_size or batch_size, eval_rows), mesh.row_multiple),
         total_steps=total_steps,
         total_tokens=tokens,
         resume_step=progress.step,
@@ -332,12 +332,16 @@ def _check_mesh(arguments: dict[str, Any]) -> None:
     mesh, microbatch_size = arguments['mesh'], arguments['microbatch_size']
     if mesh.expert > 1 and arguments['model'].moe is None:
         raise ValueError(f'train.mesh has expert={mesh.expert}, and the model has no experts')
+    layers = arguments['model'].num_moe_layers
+    if mesh.stage > 1 and (layers < mesh.stage or layers % mesh.stage):
+        raise ValueError(f'train.mesh has stage={mesh.stage}, which must divide the {layers} expert layers of the model')
     sizes = _batch_sizes(*(arguments[name] for name in ('total_steps', 'batch_size', 'sequence_length', 'batch_ramp')))
     for size in (*sizes, *(() if microbatch_size is None else (microbatch_size,))):
-        if size % mesh.row_devices:
+        if size % mesh.row_multiple:
+            each = '' if mesh.stage_parts == 1 else f', in {mesh.stage_parts} parts each'
             raise ValueError(
-                f'train.mesh has {mesh.row_devices} devices (data={mesh.data} x fsdp={mesh.fsdp} x expert={mesh.expert}) that rows '
-                f'are cut over: batches and microbatches must be multiples of that, and {size} is not'
+                f'train.mesh has {mesh.row_devices} devices ({mesh}, but for context) that rows are cut over{each}: batches and '
+                f'microbatches must be multiples of {mesh.row_multiple}, and {size} is not'
             )
     if mesh.zero == 3 and arguments['model'].remat == 'none':
         raise ValueError("train.mesh has zero=3, and ModelConfig.remat='none' would keep what each block gathers")

@@ -12,10 +12,10 @@ from tests.support import TINY, random_params
 def test_param_spec_is_read_off_the_name():
     spec = sharding.param_spec
     assert spec(('moe_layers', 'moe', 'experts', 'w_up_EDF'), 4) == PartitionSpec(
-        None, ('node', 'expert'), 'fsdp', None
+        'stage', ('node', 'expert'), 'fsdp', None
     )
     assert spec(('moe_layers', 'moe', 'experts', 'w_down_EFD'), 4) == PartitionSpec(
-        None, ('node', 'expert'), None, 'fsdp'
+        'stage', ('node', 'expert'), None, 'fsdp'
     )
     assert spec(('dense_layers', 'attention', 'w_o_HUD'), 4) == PartitionSpec(None, None, None, 'fsdp')
     assert spec(('dense_layers', 'attention', 'w_uk_CHN'), 4) == PartitionSpec(None, None, 'fsdp', None)
@@ -25,8 +25,8 @@ def test_param_spec_is_read_off_the_name():
     assert spec(('mtp', 'w_hidden_DD'), 3) == PartitionSpec(None, 'fsdp', None)
     assert spec(('embedding_VD',), 2) == PartitionSpec(None, 'fsdp')
     assert spec(('final_norm_D',), 1) == PartitionSpec(None)
-    assert spec(('moe_layers', 'moe', 'router', 'w_router_DE'), 3) == PartitionSpec(None, None, None)
-    assert spec(('moe_layers', 'moe', 'router', 'router_bias_E'), 2) == PartitionSpec(None, None)
+    assert spec(('moe_layers', 'moe', 'router', 'w_router_DE'), 3) == PartitionSpec('stage', None, None)
+    assert spec(('moe_layers', 'moe', 'router', 'router_bias_E'), 2) == PartitionSpec('stage', None)
 
 
 @pytest.mark.parametrize(
