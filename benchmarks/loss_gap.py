@@ -12,6 +12,9 @@ and its standard error count. The yardstick is fp32, which differs from bf16 by 
 among themselves, which `--microbatches 8 4` makes differ by the order of sums alone, in place of seeds. The report's bar for its
 own, long runs is 0.25 %.
 
+`--begin-with RUN` has all runs go on from the state of that one, whose directory is copied: what recipes make of a model that has
+behind it what a difference of rounding decides the time of. Its TOTAL_STEPS must be that of `--steps`.
+
 `--recipes` takes those of `ablated_recipes.py`, too: float8 without a part of what ours has.
 """
 
@@ -26,6 +29,7 @@ import pathlib
 import platform
 import queue
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +67,7 @@ class Job(NamedTuple):
     directory: pathlib.Path
     command: list[str]
     steps: int
+    begin_with: pathlib.Path | None
 
     def curves(self) -> Curves:
         """What it has measured so far."""
@@ -99,6 +104,8 @@ class Runner:
         """
         if job.done or time.monotonic() > self._deadline:
             return
+        if job.begin_with is not None and not job.directory.exists():
+            shutil.copytree(job.begin_with, job.directory)
         gpu = self._gpus.get() if self._uses_gpus else None
         environment = os.environ | ({} if gpu is None else {'CUDA_VISIBLE_DEVICES': gpu})
         job.directory.mkdir(parents=True, exist_ok=True)
@@ -161,7 +168,7 @@ def jobs(options: argparse.Namespace, recipes: Sequence[str], folder: pathlib.Pa
         varied = 'MICROBATCH' if options.microbatches else 'SEED'
         for override in (f"PRECISION = '{precision}'", f'{varied} = {variant}', *overrides):
             command += ['--set', override]
-        yield recipe, Job(directory, command, options.steps)
+        yield recipe, Job(directory, command, options.steps, options.begin_with)
 
 
 def smooth(points: Sequence[tuple[int, float]], last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -221,6 +228,7 @@ def result(options: argparse.Namespace, curves: dict[str, list[Curves]]) -> dict
         'steps': options.steps,
         'averaged': LAST,
         'microbatches': options.microbatches,
+        'begun_at_step': None if options.begin_with is None else _last_step(options.begin_with),
     }
     for kind, last in LAST.items():
         final = {
@@ -237,6 +245,10 @@ def result(options: argparse.Namespace, curves: dict[str, list[Curves]]) -> dict
             print(f'{recipe} against bf16, {kind} loss: {100 * gap["mean"]:+.3f}{spread} %')
     found['curves'] = {recipe: [run._asdict() for run in runs] for recipe, runs in curves.items()}
     return found
+
+
+def _last_step(run: pathlib.Path) -> int:
+    return read_jsonl(run / METRICS_FILE)[-1]['step']
 
 
 def main() -> int:
@@ -258,6 +270,7 @@ def main() -> int:
     parser.add_argument(
         '--runs', type=pathlib.Path, help='folder of the runs, which are gone on with if they are there'
     )
+    parser.add_argument('--begin-with', type=pathlib.Path, metavar='RUN', help='a run that all of them go on from')
     parser.add_argument('--minutes', type=float, default=float('inf'), help='after which the runs are stopped')
     parser.add_argument('--name', default='loss_gap', help='of the files in benchmarks/results')
     options = parser.parse_args()
@@ -265,6 +278,8 @@ def main() -> int:
     needed = max(LAST['training'], options.every * LAST['heldout'])
     if options.steps < needed or options.seeds < 1:
         parser.error(f'--steps must be at least {needed}, --seeds at least 1')
+    if options.begin_with is not None and not (options.begin_with / METRICS_FILE).exists():
+        parser.error(f'--begin-with {options.begin_with}: no run is there')
     recipes = [recipe for recipe in RECIPES if recipe == 'bf16' or recipe in options.recipes]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs are ended, too
     with contextlib.ExitStack() as stack:

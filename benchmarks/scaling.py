@@ -2,7 +2,7 @@
 
 `python benchmarks/scaling.py --gpus 2` trains a few steps of `configs/train/small_h100.gin` on one GPU and on meshes of all: copies of
 the state (data), the state cut (fsdp), blocks that gather their parameters (ZeRO-3), experts apart (expert) with room for all
-tokens or for a quarter more than an even share. Work a GPU is equal. Efficiency is tokens a second against N times those of one GPU;
+tokens or for a quarter more than an even share, layers apart (stage). Work a GPU is equal. Efficiency is tokens a second against N times those of one GPU;
 the loss of each step is held against that of one GPU with the batch of all of them, in parts. `--profile` of `python -m train`
 measures, and says where the rest goes.
 
@@ -45,6 +45,7 @@ def meshes(gpus: int) -> dict[str, dict[str, float]]:
         'fsdp, ZeRO-3': {'fsdp': gpus, 'zero': 3},
         'expert': {'expert': gpus},
         'expert, room 1.25': {'expert': gpus, 'capacity_factor': 1.25},
+        'stage, 4 parts': {'stage': gpus, 'stage_parts': 4},
     }
 
 

@@ -120,7 +120,9 @@ class MeshConfig:
         return self.row_devices * self.stage_parts
 
     def __str__(self) -> str:
-        return f'data={self.data} x stage={self.stage} x fsdp={self.fsdp} x expert={self.expert} x context={self.context}'
+        return (
+            f'data={self.data} x stage={self.stage} x fsdp={self.fsdp} x expert={self.expert} x context={self.context}'
+        )
 
     def make(self, devices: Sequence[Any] | None = None) -> Layout | None:
         """The layout on the first devices; None of one device, which cuts nothing.
@@ -136,9 +138,7 @@ class MeshConfig:
                     f'of their {len(devices)}'
                 )
         if self.size > len(devices):
-            raise ValueError(
-                f'MeshConfig: {self} are {self.size} devices, there are {len(devices)}'
-            )
+            raise ValueError(f'MeshConfig: {self} are {self.size} devices, there are {len(devices)}')
         if self.size == 1:
             return None
         mesh = sharding.make_mesh(

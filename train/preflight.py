@@ -177,16 +177,17 @@ def _table(found: Sequence[Collective]) -> list[str]:
     """Collectives of a step, those of a kind, an origin and a window in one line, the largest first."""
     groups = collections.defaultdict(list)
     for one in found:
-        groups[one.kind, ' x '.join(one.axes) or str(one.devices), _origin(one.scope), _meanwhile(one)].append(one)
+        one_way = 'one way' if one.kind == 'collective-permute' else str(one.devices)
+        groups[one.kind, ' x '.join(one.axes) or one_way, _origin(one.scope), _meanwhile(one)].append(one)
     rows = [
         (*key, sum(one.times for one in ones), sum(one.times * one.sent_bytes for one in ones) / 1e6)
         for key, ones in groups.items()
     ]
     if not rows:
         return ['no collectives']
-    lines = [f'{"collective":20}{"along":24}{"for":20}{"meanwhile":34}{"a step":>8}{"MB sent a device":>20}']
+    lines = [f'{"collective":20}{"along":36}{"for":20}{"meanwhile":34}{"a step":>8}{"MB sent a device":>20}']
     for kind, axes, origin, meanwhile, times, sent in sorted(rows, key=lambda row: -row[-1]):
-        lines.append(f'{kind:20}{axes:24}{origin:20}{meanwhile:34}{times:8,}{sent:20,.2f}')
+        lines.append(f'{kind:20}{axes:36}{origin:20}{meanwhile:34}{times:8,}{sent:20,.2f}')
     return lines
 
 
@@ -205,5 +206,5 @@ def _size(count: int) -> str:
 def _origin(scope: str) -> str:
     """What a collective is for, of the names that the program gives its parts."""
     backward = ', backward' if 'transpose(' in scope else ''
-    found = re.search(r'\b(dispatch|collect|context|gather|reduce)\b', scope)
+    found = re.search(r'\b(dispatch|collect|context|stage|gather|reduce)\b', scope)
     return ('sums' if found is None else found[1]) + backward

@@ -58,6 +58,7 @@ LOSS = 'head and loss'
 OPTIMIZER = 'optimizer and accumulation'
 DISPATCH = 'tokens on their way to experts and back, exposed'
 CONTEXT = 'keys of other devices, exposed'
+STAGES = 'rows on their way through stages, exposed'
 GATHER = 'parameters gathered, exposed'
 REDUCE = 'gradients reduced, exposed'
 COLLECTIVES = 'other collectives, exposed'
@@ -65,7 +66,7 @@ COPIES = 'copies and fills, exposed'
 OTHER = 'other'
 IDLE = 'idle'
 
-BEHIND = (DISPATCH, CONTEXT, GATHER, REDUCE, COLLECTIVES, COPIES)
+BEHIND = (DISPATCH, CONTEXT, STAGES, GATHER, REDUCE, COLLECTIVES, COPIES)
 """Parts whose time counts only where nothing else runs."""
 
 
@@ -115,6 +116,7 @@ RULES = (
     Rule(SWIGLU, kernel='^swiglu_quantize'),
     Rule(DISPATCH, kernel=_COLLECTIVE, scope=_within('dispatch', 'collect')),
     Rule(CONTEXT, kernel=_COLLECTIVE, scope=_within('context')),
+    Rule(STAGES, kernel=_COLLECTIVE, scope=_within('stage')),
     Rule(GATHER, kernel=_COLLECTIVE, scope=_within('gather')),
     Rule(REDUCE, kernel=_COLLECTIVE, scope=_within('reduce')),
     Rule(COLLECTIVES, kernel=_COLLECTIVE),

@@ -334,7 +334,9 @@ def _check_mesh(arguments: dict[str, Any]) -> None:
         raise ValueError(f'train.mesh has expert={mesh.expert}, and the model has no experts')
     layers = arguments['model'].num_moe_layers
     if mesh.stage > 1 and (layers < mesh.stage or layers % mesh.stage):
-        raise ValueError(f'train.mesh has stage={mesh.stage}, which must divide the {layers} expert layers of the model')
+        raise ValueError(
+            f'train.mesh has stage={mesh.stage}, which must divide the {layers} expert layers of the model'
+        )
     sizes = _batch_sizes(*(arguments[name] for name in ('total_steps', 'batch_size', 'sequence_length', 'batch_ramp')))
     for size in (*sizes, *(() if microbatch_size is None else (microbatch_size,))):
         if size % mesh.row_multiple:

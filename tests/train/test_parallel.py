@@ -83,10 +83,14 @@ def test_without_a_mesh_everything_lies_on_the_first_device(params):
 
 
 def test_bad_meshes_are_refused(model):
-    with pytest.raises(ValueError, match=r'data=3 x stage=1 x fsdp=4 x expert=1 x context=1 are 12 devices, there are 8'):
+    with pytest.raises(
+        ValueError, match=r'data=3 x stage=1 x fsdp=4 x expert=1 x context=1 are 12 devices, there are 8'
+    ):
         MeshConfig(data=3, fsdp=4).make()
     with pytest.raises(ValueError, match=r'MeshConfig.fsdp=0 must be positive'):
         MeshConfig(fsdp=0)
+    with pytest.raises(ValueError, match=r'MeshConfig.stage_parts=2 needs stage above 1'):
+        MeshConfig(stage_parts=2)
     assert MeshConfig().make() is None
     odd = random_params(dataclasses.replace(model, model_dim=12))
     with pytest.raises(ValueError, match=r"12 is not a multiple of the 8 devices of mesh axis 'fsdp'"):

@@ -249,6 +249,7 @@ def test_choices_that_find_no_room_are_written_and_shown(start, tmp_path, capsys
             'sequence_length=16 must be a multiple of 6: two chunks .* context=3 devices',
         ),
         ({'mesh': MeshConfig(data=3, context=2)}, 'train.mesh has 3 devices .* and 4 is not'),
+        ({'mesh': MeshConfig(stage=3)}, r'stage=3, which must divide the \d+ expert layers'),
     ],
 )
 def test_mesh_that_cannot_share_the_batch_is_refused(start, tmp_path, changes, message):
