@@ -40,25 +40,6 @@ def block(
     return x_BTD + ffn_BTD, cache, balance
 
 
-def dims(config: ModelConfig) -> dict[str, int]:
-    """The size of each dimension letter that names a parameter; F is the dense FFN's."""
-    sizes = {
-        'V': config.vocab_size,
-        'D': config.model_dim,
-        'H': config.mla.num_heads,
-        'N': config.mla.nope_head_dim,
-        'R': config.mla.rope_head_dim,
-        'U': config.mla.value_head_dim,
-        'C': config.mla.kv_rank,
-        'F': config.dense_ffn_dim,
-    }
-    if config.mla.query_rank is not None:
-        sizes['Q'] = config.mla.query_rank
-    if config.moe is not None:
-        sizes['E'] = config.moe.num_experts
-    return sizes
-
-
 def declare(
     module: nn.Module, config: ModelConfig, names_: tuple[str, ...], parallel: Parallel = ALONE, **sizes: int
 ) -> dict[str, Any]:
@@ -67,6 +48,8 @@ def declare(
     Norm scales start at one, biases at zero, weights are normal with `init_std`. `sizes` replaces dimensions. What `parallel`
     says is cut is returned whole.
     """
+    if parallel.gather:
+        return {name: gather.whole(name, module.get_variable('params', name), config) for name in names_}
     declared = {}
     for name in names_:
         if '_norm_' in name:
@@ -75,12 +58,8 @@ def declare(
             initializer = nn.initializers.zeros
         else:
             initializer = nn.initializers.normal(config.init_std)
-        shape = names.shape(name, dims(config) | sizes)
-        if not parallel.gather:
-            declared[name] = module.param(name, initializer, shape, jnp.float32)
-        else:
-            part = module.param(name, initializer, gather.local_shape(name, shape, config), jnp.float32)
-            declared[name] = gather.whole(name, part, config)
+        shape = names.shape(name, names.dims(config) | sizes)
+        declared[name] = module.param(name, initializer, shape, jnp.float32)
     return declared
 
 
@@ -104,7 +83,7 @@ class Part(nn.Module):
             return params | declare(self, self.config, self.parameter_names, ALONE, **sizes)
         masters = {name: self.get_variable('params', name) for name in self.parameter_names}
         return {
-            ops.QUANTIZED: gather.whole_experts(params[ops.QUANTIZED]),
+            ops.QUANTIZED: gather.whole_experts(params[ops.QUANTIZED], self.config),
             **{name: gather.stand_in(name, master, self.config) for name, master in masters.items()},
         }
 

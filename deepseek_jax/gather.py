@@ -3,11 +3,15 @@
 A block gathers its own parameters when it begins, forward and, where it is rematerialised, backward: whole ones exist for one
 block at a time. A gradient goes the other way: added up over the devices and cut as its parameter is.
 
+A parameter may have two cuts (`sharding.cuts`): the outer one is undone before the inner one, and made after it, so that what
+travels far is a part of what travels among neighbours.
+
 Of a weight with a float8 copy the copy is gathered, and its master, which no product reads, stays where it is: something of
-its whole shape takes its place and takes its gradient.
+its whole shape takes its place and takes its gradient. Copies have the inner cut alone.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,78 +22,82 @@ from jaxtyping import Array
 from deepseek_jax import names, sharding
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.ops import ExpertWeights, QTensor, QuantizedWeight
-
-AXIS = 'fsdp'
-
-
-def cut_dimension(name: str, config: ModelConfig) -> int | None:
-    """The dimension of a block's parameter, without the axis of layers, that is cut; None if it is whole everywhere."""
-    cut_heads = config.mla.num_heads % lax.axis_size(AXIS) == 0
-    spec = sharding.param_spec((name,), len(names.letters(name)), cut_heads)
-    return spec.index(AXIS) if AXIS in spec else None
+from deepseek_jax.sharding import Cut
 
 
-def local_shape(name: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
-    """The shape of this device's part of a parameter."""
-    cut = cut_dimension(name, config)
-    return tuple(size // lax.axis_size(AXIS) if index == cut else size for index, size in enumerate(shape))
+def cuts(name: str, config: ModelConfig) -> tuple[Cut, ...]:
+    """Where a block's parameter is cut, the inner cut first; none if it is whole everywhere."""
+    devices = {axis: lax.axis_size(axis) for axis in sharding.AXES}
+    return sharding.cuts(name, names.dims(config), devices, gather=True)
 
 
 @jax.named_scope('gather')
+def joined(part: Array, cuts: Sequence[Cut]) -> Array:
+    """The whole of what has these cuts, or of their inner ones some that are left out."""
+    for cut in reversed(cuts):
+        part = lax.all_gather(part, cut.axes, axis=cut.dimension, tiled=True)
+    return part
+
+
+@jax.named_scope('reduce')
+def summed(gradient: Array, cuts: Sequence[Cut]) -> Array:
+    """The transpose of `joined`: added up over the devices, and cut."""
+    for cut in cuts:
+        gradient = lax.psum_scatter(gradient, cut.axes, scatter_dimension=cut.dimension, tiled=True)
+    return gradient
+
+
 def whole(name: str, part: Array | QTensor, config: ModelConfig) -> Array | QTensor:
     """The whole of a block's parameter, of which each device has a part."""
-    cut = cut_dimension(name, config)
-    if cut is None:
-        return part
+    found = cuts(name, config)
     if not isinstance(part, QTensor):
-        return lax.all_gather(part, AXIS, axis=cut, tiled=True)
+        return joined(part, found)
+    if not found:
+        return part
+    inner, *_ = found
     # Of its matrix, what is cut is the inputs or the outputs: the first letter is an input, the last one an output.
-    matrix = 0 if cut == 0 else 1
+    matrix = 0 if inner.dimension == 0 else 1
     return QTensor(
-        values=_gather(part.values, cut),
-        scales=_gather(part.scales, matrix),
-        transposed_values=_gather(part.transposed_values, 1 - matrix),
-        transposed_scales=_gather(part.transposed_scales, 1 - matrix),
-        master=_stand_in(part.master, cut),
+        values=_bits_joined(part.values, inner),
+        scales=_bits_joined(part.scales, inner._replace(dimension=matrix)),
+        transposed_values=_bits_joined(part.transposed_values, inner._replace(dimension=1 - matrix)),
+        transposed_scales=_bits_joined(part.transposed_scales, inner._replace(dimension=1 - matrix)),
+        master=_stand_in(part.master, found),
     )
 
 
-@jax.named_scope('gather')
-def whole_experts(part: ExpertWeights) -> ExpertWeights:
+def whole_experts(part: ExpertWeights, config: ModelConfig) -> ExpertWeights:
     """The whole of a layer's float8 experts, whose letter D is cut."""
 
-    def weight(part: QuantizedWeight, cut: int) -> QuantizedWeight:
+    def weight(part: QuantizedWeight, name: str) -> QuantizedWeight:
+        (cut,) = cuts(name, config)
+        transposed = cut._replace(dimension=3 - cut.dimension)
         return QuantizedWeight(
-            jax.tree.map(functools.partial(_gather, dimension=cut), part.natural),
-            jax.tree.map(functools.partial(_gather, dimension=3 - cut), part.transposed),
+            jax.tree.map(functools.partial(_bits_joined, cut=cut), part.natural),
+            jax.tree.map(functools.partial(_bits_joined, cut=transposed), part.transposed),
         )
 
-    return ExpertWeights(weight(part.gate_up, 1), weight(part.down, 2))
+    return ExpertWeights(weight(part.gate_up, 'w_up_EDF'), weight(part.down, 'w_down_EFD'))
 
 
 def stand_in(name: str, part: Array, config: ModelConfig) -> Array:
     """Something of the whole shape of a master that nothing reads: its gradient is that of the master."""
-    cut = cut_dimension(name, config)
-    return part if cut is None else _stand_in(part, cut)
+    return _stand_in(part, cuts(name, config))
 
 
-def _gather(part: Array, dimension: int) -> Array:
+def _bits_joined(part: Array, cut: Cut) -> Array:
+    """Float8 values travel as bits, which every library knows."""
     if part.dtype.itemsize > 1:
-        return lax.all_gather(part, AXIS, axis=dimension, tiled=True)
-    bits = lax.all_gather(lax.bitcast_convert_type(part, jnp.uint8), AXIS, axis=dimension, tiled=True)
-    return lax.bitcast_convert_type(bits, part.dtype)
+        return joined(part, [cut])
+    return lax.bitcast_convert_type(joined(lax.bitcast_convert_type(part, jnp.uint8), [cut]), part.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _stand_in(part: Any, dimension: int) -> Any:
+def _stand_in(part: Any, cuts: Sequence[Cut]) -> Any:
     shape = list(part.shape)
-    shape[dimension] *= lax.axis_size(AXIS)
+    for cut in cuts:
+        shape[cut.dimension] *= lax.axis_size(cut.axes)
     return jnp.zeros(shape, part.dtype)
 
 
-def _stand_in_backward(dimension: int, _: None, gradient: Array) -> tuple[Array]:
-    with jax.named_scope('reduce'):
-        return (lax.psum_scatter(gradient, AXIS, scatter_dimension=dimension, tiled=True),)
-
-
-_stand_in.defvjp(lambda part, dimension: (_stand_in(part, dimension), None), _stand_in_backward)
+_stand_in.defvjp(lambda part, cuts: (_stand_in(part, cuts), None), lambda cuts, _, gradient: (summed(gradient, cuts),))

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.config import ModelConfig
+
 LETTERS = 'BTSDHNRUQCFEeKGJVLPM'
 STACKED = ('dense_layers', 'moe_layers', 'mtp')
 """Top-level scopes whose parameters are stacked along a leading L axis."""
@@ -22,6 +24,25 @@ def letters(name: str) -> str:
     if not suffix or any(letter not in LETTERS for letter in suffix) or '_' not in name:
         raise ValueError(f'parameter name {name!r} must end in _ and dimension letters out of {LETTERS}')
     return suffix
+
+
+def dims(config: ModelConfig) -> dict[str, int]:
+    """The size of each dimension letter that names a parameter; F is the dense FFN's."""
+    sizes = {
+        'V': config.vocab_size,
+        'D': config.model_dim,
+        'H': config.mla.num_heads,
+        'N': config.mla.nope_head_dim,
+        'R': config.mla.rope_head_dim,
+        'U': config.mla.value_head_dim,
+        'C': config.mla.kv_rank,
+        'F': config.dense_ffn_dim,
+    }
+    if config.mla.query_rank is not None:
+        sizes['Q'] = config.mla.query_rank
+    if config.moe is not None:
+        sizes['E'] = config.moe.num_experts
+    return sizes
 
 
 def shape(name: str, dims: Mapping[str, int]) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from deepseek_jax import gather, names, ops, router
 from deepseek_jax.config import ModelConfig, PrecisionConfig
 from deepseek_jax.ops import QTensor
-from deepseek_jax.sharding import ALONE, Parallel
+from deepseek_jax.sharding import ALONE, Cut, Parallel
 
 __all__ = ['Float8Copies', 'QTensor', 'compute_dtype', 'compute_params', 'is_float8']
 
@@ -83,19 +83,23 @@ class Float8Copies(NamedTuple):
     def of(cls, params: Mapping[str, Any], config: ModelConfig, parallel: Parallel = ALONE) -> 'Float8Copies':
         """Those of these masters: to be made once a step, whatever the number of microbatches. None under other recipes.
 
-        Of masters that are cut where they are used, the parts are quantised, if they are whole blocks of 128: they are what blocks of
-        the whole would be.
+        Of masters that are made whole where they are used, what has the inner cut alone is quantised, if it is whole blocks of 128:
+        they are what blocks of the whole would be.
         """
         copies = cls({}, {})
         if config.precision.recipe != 'fp8':
             return copies
 
+        def cuts(path: tuple[str, ...]) -> tuple[Cut, ...]:
+            return gather.cuts(path[-1], config) if parallel.gather else ()
+
         def whole_blocks(path: tuple[str, ...], leaf: Array) -> bool:
-            cut = gather.cut_dimension(path[-1], config) if parallel.gather else None
-            if cut is None:
+            if not (found := cuts(path)):
                 return True
-            size = leaf.shape[cut + names.is_stacked(path)]
-            if names.letters(path[-1])[cut] == 'H':
+            (dimension, _), *outer = found
+            size = leaf.shape[dimension + names.is_stacked(path)]
+            size *= math.prod(jax.lax.axis_size(cut.axes) for cut in outer if cut.dimension == dimension)
+            if names.letters(path[-1])[dimension] == 'H':
                 # Heads are one side of a matrix together with their width. Products are of weights of several widths.
                 size *= math.gcd(config.mla.nope_head_dim, config.mla.rope_head_dim, config.mla.value_head_dim)
             return size % ops.BLOCK == 0
@@ -107,7 +111,7 @@ class Float8Copies(NamedTuple):
 
         def add(path: tuple[str, ...], leaf: Array) -> None:
             if is_float8(path, config.precision) and whole_blocks(path, leaf):
-                copies.tensors[path] = _quantize(path, leaf, config)
+                copies.tensors[path] = _quantize(path, leaf, config, cuts(path)[1:])
 
         names.map_with_names(add, _map_experts(add_experts, params))
         return copies
@@ -124,9 +128,9 @@ class Float8Copies(NamedTuple):
 
 
 @jax.named_scope('weights')
-def _quantize(path: tuple[str, ...], leaf: Array, config: ModelConfig) -> QTensor:
+def _quantize(path: tuple[str, ...], leaf: Array, config: ModelConfig, outer: Sequence[Cut] = ()) -> QTensor:
     inputs = 2 if path[-1] == 'w_o_HUD' else 1
-    quantize = lambda w: ops.quantize(w, inputs, config.precision)  # noqa: E731
+    quantize = lambda w: ops.quantize(gather.joined(w, outer), inputs, config.precision)  # noqa: E731
     return jax.lax.map(quantize, leaf) if names.is_stacked(path) else quantize(leaf)
 
 

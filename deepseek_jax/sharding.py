@@ -13,8 +13,8 @@ Axes are of type Auto: the compiler places the collectives.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,10 @@ BATCH = PartitionSpec(ROW_AXES)
 """The batch, a leading B axis, is split over every mesh axis but the last; its rows are whole sequences."""
 
 _PREFERENCE = 'DVFHQCNUR'
-"""The letter that takes the fsdp axis is the first of these among a matrix's letters: heads only where the axis divides them.
-Parts of ranks (Q, C) would seldom be whole blocks of 128, which float8 copies of parts are made of."""
+"""A matrix is cut along the first of these letters that it has: heads only where the axis divides them. Parts of ranks (Q, C) would
+seldom be whole blocks of 128, which float8 copies of parts are made of."""
+_SECOND_PREFERENCE = 'DQC'
+"""And by the outer axes along the first of these that they divide."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Parallel:
 
     Attributes:
       experts: how rows get to experts on other devices; None if every device has all.
-      gather: blocks find their parameters cut over `fsdp`, and make them whole where they use them; else they are whole.
+      gather: blocks find their parameters cut, and make them whole where they use them; else they are whole.
       context: which tokens of a sequence are here, and how all of them are seen.
       stages: how many devices the expert layers are cut over, and how rows pass through them.
     """
@@ -183,32 +185,78 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def param_spec(path: Sequence[str], ndim: int, cut_heads: bool = True) -> PartitionSpec:
-    """The partition of one parameter, read off its name.
+class Cut(NamedTuple):
+    """A dimension of a parameter, the axis of layers not counted, which is cut and made whole where the parameter is used."""
 
-    Vectors and the router are replicated: every token scores every expert. The experts' leading E goes over
-    `node` and `expert`; of a matrix's letters one goes over `fsdp`. The stacked L axis of expert layers goes over `stage`.
+    dimension: int
+    axes: tuple[str, ...]
+
+
+def cuts(name: str, sizes: Mapping[str, int], devices: Mapping[str, int], gather: bool = False) -> tuple[Cut, ...]:
+    """Where a parameter is cut and made whole again, the inner cut first: an expert's E, and its layers, are not among them.
+
+    A matrix is cut over `fsdp`. Where blocks make their parameters whole (`Parallel.gather`), one that is no expert's is cut over
+    the devices of experts, too. The inner cut is then that of neighbours, `expert` where there are any, and what blocks
+    gather again and again is gathered from these (as ZeRO++ does, arXiv 2306.10209); the outer one is undone once a step.
+    Vectors and routers are whole: every token scores every expert.
+
+    Args:
+      name: of the parameter.
+      sizes: of its letters, whole.
+      devices: along each mesh axis.
+      gather: whether blocks make their parameters whole.
+    """
+    letters = names.letters(name)
+    if len(letters) == 1 or 'router' in name:
+        return ()
+    inner, outer = 'fsdp', ()
+    if gather and letters[0] != 'E':
+        inner, *outer = sorted(('expert', 'fsdp', 'node'), key=lambda axis: devices[axis] == 1)
+    by = devices[inner]
+    first = next(x for x in _PREFERENCE if x in letters and (x != 'H' or sizes[x] % by == 0))
+    found = [Cut(letters.index(first), (inner,))]
+    count = math.prod(devices[axis] for axis in outer)
+    second = [x for x in _SECOND_PREFERENCE if x in letters and sizes[x] // (by if x == first else 1) % count == 0]
+    if count > 1 and second:
+        found.append(Cut(letters.index(second[0]), tuple(outer)))
+    return tuple(found)
+
+
+def param_cuts(
+    path: Sequence[str], shape: Sequence[int], devices: Mapping[str, int], gather: bool = False
+) -> tuple[Cut, ...]:
+    """The `cuts` of a parameter of a tree; the stacked L axis counts as a dimension.
 
     Args:
       path: keys of the parameter in the tree, for example `('moe_layers', 'attention', 'w_o_HUD')`.
-      ndim: its rank, the stacked L axis included.
-      cut_heads: whether the devices of `fsdp` divide the heads.
+      shape: its whole shape, the stacked L axis included.
+      devices: along each mesh axis.
+      gather: whether blocks make their parameters whole.
 
     Raises:
       ValueError: the rank is not that of the name.
     """
+    letters, stacked = names.letters(path[-1]), names.is_stacked(path)
+    if len(letters) + stacked != len(shape):
+        raise ValueError(f'parameter {"/".join(path)} has rank {len(shape)}, its name says {len(letters) + stacked}')
+    found = cuts(path[-1], dict(zip(letters, shape[stacked:], strict=True)), devices, gather)
+    return tuple(cut._replace(dimension=cut.dimension + stacked) for cut in found)
+
+
+def param_spec(
+    path: Sequence[str], shape: Sequence[int], devices: Mapping[str, int], gather: bool = False
+) -> PartitionSpec:
+    """The partition of one parameter, read off its name: its `param_cuts`, of which see arguments and errors; the experts' leading E
+    over `node` and `expert`; the stacked L axis of expert layers over `stage`."""
+    axes: list[tuple[str, ...]] = [() for _ in shape]
+    for cut in param_cuts(path, shape, devices, gather):
+        axes[cut.dimension] += cut.axes
     letters = names.letters(path[-1])
-    stacked = names.is_stacked(path)
-    if len(letters) + stacked != ndim:
-        raise ValueError(f'parameter {"/".join(path)} has rank {ndim}, its name says {len(letters) + stacked}')
-    axes: list[Any] = [None] * len(letters)
-    if len(letters) > 1 and 'router' not in path[-1]:
-        if letters[0] == 'E':
-            axes[0] = EXPERT_AXES
-        cut = next(letter for letter in _PREFERENCE if letter in letters and (cut_heads or letter != 'H'))
-        axes[letters.index(cut)] = 'fsdp'
-    layers = [STAGE_AXIS if path[0] == names.PIPELINED else None]
-    return PartitionSpec(*(layers if stacked else ()), *axes)
+    if letters[0] == 'E' and len(letters) > 1:
+        axes[-len(letters)] = EXPERT_AXES
+    if path[0] == names.PIPELINED:
+        axes[0] = (STAGE_AXIS,)
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in axes))
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -216,15 +264,14 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Any, mesh: Mesh, gather: bool = False) -> Any:
     """The `NamedSharding` of every parameter of a tree (arrays or shapes).
 
     Raises `ValueError` if a dimension is not a multiple of the mesh axis it is split over.
     """
 
     def sharding(path: tuple[str, ...], leaf: Any) -> NamedSharding:
-        sizes = dict(zip(reversed(names.letters(path[-1])), reversed(leaf.shape), strict=False))
-        spec = param_spec(path, len(leaf.shape), sizes.get('H', 0) % mesh.shape['fsdp'] == 0)
+        spec = param_spec(path, leaf.shape, mesh.shape, gather)
         for size, axis in zip(leaf.shape, spec, strict=True):
             axes = axes_of(axis)
             if size % (devices := math.prod(mesh.shape[name] for name in axes)):

@@ -226,7 +226,7 @@ def test_eight_devices_equal_one_in_fp8():
     )
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(gradients(MOE)), strict=True):
         assert not np.any(y) or difference(x, y) < 1e-2
-    assert ours['moe_layers']['attention']['w_o_HUD'].sharding.spec == PartitionSpec(None, None, None, 'fsdp')
+    assert ours['moe_layers']['attention']['w_o_HUD'].sharding.spec == PartitionSpec('stage', None, None, 'fsdp')
 
 
 def test_prefill_equals_training_forward_and_decode_is_close():

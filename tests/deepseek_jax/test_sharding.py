@@ -5,28 +5,47 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import deepseek_jax as ds
-from deepseek_jax import sharding
+from deepseek_jax import names, sharding
 from tests.support import TINY, random_params
+
+V3 = {'V': 129280, 'D': 7168, 'H': 128, 'N': 128, 'R': 64, 'U': 128, 'C': 512, 'Q': 1536, 'F': 2048, 'E': 256}
+MOE_LAYERS, DENSE_LAYERS = ('moe_layers', 58), ('dense_layers', 3)
+
+
+def spec(scope: tuple[str, int] | None, *path: str, gather: bool = False, **devices: int) -> tuple:
+    shape = (*(() if scope is None else scope[1:]), *names.shape(path[-1], V3))
+    path = (*(() if scope is None else scope[:1]), *path)
+    return tuple(sharding.param_spec(path, shape, dict.fromkeys(sharding.AXES, 1) | devices, gather))
 
 
 def test_param_spec_is_read_off_the_name():
-    spec = sharding.param_spec
-    assert spec(('moe_layers', 'moe', 'experts', 'w_up_EDF'), 4) == PartitionSpec(
-        'stage', ('node', 'expert'), 'fsdp', None
-    )
-    assert spec(('moe_layers', 'moe', 'experts', 'w_down_EFD'), 4) == PartitionSpec(
-        'stage', ('node', 'expert'), None, 'fsdp'
-    )
-    assert spec(('dense_layers', 'attention', 'w_o_HUD'), 4) == PartitionSpec(None, None, None, 'fsdp')
-    assert spec(('dense_layers', 'attention', 'w_uk_CHN'), 4) == PartitionSpec(None, None, 'fsdp', None)
-    assert spec(('dense_layers', 'attention', 'w_uk_CHN'), 4, cut_heads=False) == PartitionSpec(
-        None, 'fsdp', None, None
-    )
-    assert spec(('mtp', 'w_hidden_DD'), 3) == PartitionSpec(None, 'fsdp', None)
-    assert spec(('embedding_VD',), 2) == PartitionSpec(None, 'fsdp')
-    assert spec(('final_norm_D',), 1) == PartitionSpec(None)
-    assert spec(('moe_layers', 'moe', 'router', 'w_router_DE'), 3) == PartitionSpec('stage', None, None)
-    assert spec(('moe_layers', 'moe', 'router', 'router_bias_E'), 2) == PartitionSpec('stage', None)
+    experts = 'moe', 'experts'
+    assert spec(MOE_LAYERS, *experts, 'w_up_EDF') == ('stage', ('node', 'expert'), 'fsdp', None)
+    assert spec(MOE_LAYERS, *experts, 'w_down_EFD') == ('stage', ('node', 'expert'), None, 'fsdp')
+    assert spec(DENSE_LAYERS, 'attention', 'w_o_HUD') == (None, None, None, 'fsdp')
+    assert spec(DENSE_LAYERS, 'attention', 'w_uk_CHN', fsdp=8) == (None, None, 'fsdp', None)
+    assert spec(DENSE_LAYERS, 'attention', 'w_uk_CHN', fsdp=256) == (None, 'fsdp', None, None)
+    assert spec(('mtp', 1), 'w_hidden_DD') == (None, 'fsdp', None)
+    assert spec(None, 'embedding_VD') == (None, 'fsdp')
+    assert spec(None, 'final_norm_D') == (None,)
+    assert spec(MOE_LAYERS, 'moe', 'router', 'w_router_DE') == ('stage', None, None)
+    assert spec(MOE_LAYERS, 'moe', 'router', 'router_bias_E') == ('stage', None)
+
+
+def test_what_blocks_make_whole_is_cut_over_all_devices_of_experts():
+    many = {'fsdp': 8, 'node': 16, 'expert': 8, 'gather': True}
+    everywhere = ('expert', 'fsdp', 'node')
+    assert spec(DENSE_LAYERS, 'attention', 'w_o_HUD', **many) == (None, None, None, everywhere)
+    assert spec(None, 'head_DV', **many) == (everywhere, None)
+    assert spec(DENSE_LAYERS, 'attention', 'w_uk_CHN', **many) == (None, ('fsdp', 'node'), 'expert', None)
+    assert spec(DENSE_LAYERS, 'attention', 'w_uq_QHN', **many) == (None, ('fsdp', 'node'), 'expert', None)
+    assert spec(DENSE_LAYERS, 'ffn_norm_D', **many) == (None, None)
+    assert spec(MOE_LAYERS, 'moe', 'experts', 'w_up_EDF', **many) == ('stage', ('node', 'expert'), 'fsdp', None)
+    # Neighbours first: those of fsdp where experts have none.
+    assert spec(None, 'head_DV', fsdp=8, gather=True) == ('fsdp', None)
+    assert spec(None, 'head_DV', fsdp=2, node=4, gather=True) == (('fsdp', 'node', 'expert'), None)
+    # Outer axes that divide nothing that is left.
+    assert spec(DENSE_LAYERS, 'attention', 'w_uk_CHN', fsdp=1024, expert=8, gather=True) == (None, None, 'expert', None)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +59,7 @@ def test_param_spec_is_read_off_the_name():
 )
 def test_wrong_suffix_fails_loudly(path, rank, message):
     with pytest.raises(ValueError, match=message):
-        sharding.param_spec(path, rank)
+        sharding.param_spec(path, (8,) * rank, dict.fromkeys(sharding.AXES, 1))
 
 
 def test_every_parameter_of_the_model_has_a_spec_that_divides():

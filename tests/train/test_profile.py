@@ -66,6 +66,7 @@ EXAMPLES = [
     ('ncclDevKernel_SendRecv', 'jit(step)/transpose(jvp(DeepSeekV3))/experts/collect/all_to_all', profile.DISPATCH),
     ('ncclDevKernel_AllGather_RING_LL', f'{REMAT}/context/all_gather', profile.CONTEXT),
     ('ncclDevKernel_ReduceScatter_Sum_bf16', 'transpose(jvp(DeepSeekV3))/context/reduce_scatter', profile.CONTEXT),
+    ('ncclDevKernel_SendRecv', f'{REMAT}/stage/ppermute', profile.STAGES),
     ('ncclDevKernel_AllGather_RING_LL', 'jit(step)/shard_map/gather/all_gather', profile.GATHER),
     ('ncclDevKernel_ReduceScatter_Sum_f32_RING_LL', 'jit(step)/shard_map/reduce/reduce_scatter', profile.REDUCE),
     ('MemcpyD2D', '', profile.COPIES),
