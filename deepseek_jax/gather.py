@@ -1,13 +1,15 @@
 """Parameters that are cut over devices and made whole where they are used (ZeRO-3), inside `jax.shard_map`.
 
 A block gathers its own parameters when it begins, forward and, where it is rematerialised, backward: whole ones exist for one
-block at a time. A gradient goes the other way: added up over the devices and cut as its parameter is.
+block at a time. Embedding and head are gathered by those who use them. A gradient goes the other way: added up over the devices and
+cut as its parameter is.
 
 A parameter may have two cuts (`sharding.cuts`): the outer one is undone before the inner one, and made after it, so that what
 travels far is a part of what travels among neighbours.
 
 Of a weight with a float8 copy the copy is gathered, and its master, which no product reads, stays where it is: something of
-its whole shape takes its place and takes its gradient. Copies have the inner cut alone.
+its whole shape takes its place and takes its gradient. Copies have the inner cut alone (as secondary partitions of ZeRO++ do,
+arXiv 2306.10209): the outer one is undone once a step, before they are quantised, and blocks gather from neighbours.
 """
 
 import functools
@@ -22,11 +24,11 @@ from jaxtyping import Array
 from deepseek_jax import names, sharding
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.ops import ExpertWeights, QTensor, QuantizedWeight
-from deepseek_jax.sharding import Cut
+from deepseek_jax.sharding import Cut, Parallel
 
 
 def cuts(name: str, config: ModelConfig) -> tuple[Cut, ...]:
-    """Where a block's parameter is cut, the inner cut first; none if it is whole everywhere."""
+    """Where a parameter is cut, the inner cut first; none if it is whole everywhere."""
     devices = {axis: lax.axis_size(axis) for axis in sharding.AXES}
     return sharding.cuts(name, names.dims(config), devices, gather=True)
 
@@ -47,8 +49,13 @@ def summed(gradient: Array, cuts: Sequence[Cut]) -> Array:
     return gradient
 
 
+def array(name: str, part: Array, config: ModelConfig, parallel: Parallel) -> Array:
+    """The whole of a parameter without copy; it may be whole already."""
+    return joined(part, cuts(name, config)) if parallel.gather else part
+
+
 def whole(name: str, part: Array | QTensor, config: ModelConfig) -> Array | QTensor:
-    """The whole of a block's parameter, of which each device has a part."""
+    """The whole of a parameter, of which each device has a part."""
     found = cuts(name, config)
     if not isinstance(part, QTensor):
         return joined(part, found)

@@ -70,7 +70,7 @@ class DeepSeekV3(nn.Module):
         self, tokens_BT: jax.Array, attend: mla.Attend, cache: Cache | None, ahead_LBT: jax.Array | None
     ) -> States:
         config = self.config
-        params = declare(self, config, ('embedding_VD', 'final_norm_D', 'head_DV'))
+        params = declare(self, config, ('embedding_VD', 'final_norm_D', 'head_DV'), self.parallel)
         with jax.named_scope('embed'):
             x_BTD = params['embedding_VD'][tokens_BT].astype(compute_dtype(config.precision))
         caches, balances = [], []
@@ -106,7 +106,9 @@ class DeepSeekV3(nn.Module):
                 split_rngs={'params': True},
                 in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=config.mtp_depth,
-            )(config, self.parallel, name='mtp')(hidden_BTD, ahead_LBT, params['embedding_VD'], attend)
+            )(
+                config, self.parallel, name='mtp'
+            )(hidden_BTD, ahead_LBT, self.get_variable('params', 'embedding_VD'), attend)
             balances.append(balance)
         balance = _join_balances(balances)
         if cache is not None:

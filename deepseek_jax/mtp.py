@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax import mla, moe, ops
+from deepseek_jax import gather, mla, moe, ops
 from deepseek_jax.block import Block, declare, rematerialised
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.norm import rms_norm
@@ -23,7 +23,10 @@ from deepseek_jax.sharding import ALONE, Parallel
 
 
 class MTPModule(nn.Module):
-    """One prediction module; scanned over depth with the state carried from module to module."""
+    """One prediction module; scanned over depth with the state carried from module to module.
+
+    It is given the embedding as it lies on this device.
+    """
 
     config: ModelConfig
     parallel: Parallel = ALONE
@@ -33,7 +36,7 @@ class MTPModule(nn.Module):
         self,
         hidden_BTD: Float[Array, 'B T D'],
         ahead_BT: Int[Array, 'B T'],
-        embedding_VD: Float[Array, 'V D'],
+        embedding_Vd: Float[Array, 'V d'],
         attend: mla.Attend,
     ) -> tuple[jax.Array, tuple[jax.Array, moe.Balance]]:
         config = self.config
@@ -41,8 +44,10 @@ class MTPModule(nn.Module):
             self,
             config,
             ('hidden_norm_D', 'embedding_norm_D', 'w_hidden_DD', 'w_embedding_DD', 'final_norm_D'),
+            self.parallel,
         )
         with jax.named_scope('embed'):
+            embedding_VD = gather.array('embedding_VD', embedding_Vd, config, self.parallel)
             ahead_BTD = embedding_VD[ahead_BT].astype(hidden_BTD.dtype)
         x_BTD = ops.einsum(
             'BTd,dD->BTD',

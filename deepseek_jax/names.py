@@ -60,11 +60,6 @@ def is_stacked(path: Sequence[str]) -> bool:
     return path[0] in STACKED
 
 
-def in_block(path: Sequence[str]) -> bool:
-    """Whether a block uses the parameter at this path, and nothing else."""
-    return path[0] in STACKED[:2] or tuple(path[:2]) == ('mtp', 'block')
-
-
 def is_router_bias(path: Sequence[str]) -> bool:
     """Whether the leaf is the routers' selection bias: state kept by the load rule, not by the optimizer."""
     return path[-1] == 'router_bias_E'

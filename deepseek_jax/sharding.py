@@ -151,7 +151,7 @@ class Parallel:
 
     Attributes:
       experts: how rows get to experts on other devices; None if every device has all.
-      gather: blocks find their parameters cut, and make them whole where they use them; else they are whole.
+      gather: parameters are cut, and made whole where they are used (`deepseek_jax.gather`); else they are whole.
       context: which tokens of a sequence are here, and how all of them are seen.
       stages: how many devices the expert layers are cut over, and how rows pass through them.
     """
@@ -195,16 +195,15 @@ class Cut(NamedTuple):
 def cuts(name: str, sizes: Mapping[str, int], devices: Mapping[str, int], gather: bool = False) -> tuple[Cut, ...]:
     """Where a parameter is cut and made whole again, the inner cut first: an expert's E, and its layers, are not among them.
 
-    A matrix is cut over `fsdp`. Where blocks make their parameters whole (`Parallel.gather`), one that is no expert's is cut over
-    the devices of experts, too. The inner cut is then that of neighbours, `expert` where there are any, and what blocks
-    gather again and again is gathered from these (as ZeRO++ does, arXiv 2306.10209); the outer one is undone once a step.
-    Vectors and routers are whole: every token scores every expert.
+    A matrix is cut over `fsdp`. Where parameters are made whole where they are used (`Parallel.gather`), one that is no expert's is
+    cut over the devices of experts, too. The inner cut is then that of neighbours, `expert` where there are any. Vectors and
+    routers are whole: every token scores every expert.
 
     Args:
       name: of the parameter.
       sizes: of its letters, whole.
       devices: along each mesh axis.
-      gather: whether blocks make their parameters whole.
+      gather: whether parameters are made whole where they are used.
     """
     letters = names.letters(name)
     if len(letters) == 1 or 'router' in name:
@@ -222,16 +221,17 @@ def cuts(name: str, sizes: Mapping[str, int], devices: Mapping[str, int], gather
     return tuple(found)
 
 
-def param_cuts(
+def param_spec(
     path: Sequence[str], shape: Sequence[int], devices: Mapping[str, int], gather: bool = False
-) -> tuple[Cut, ...]:
-    """The `cuts` of a parameter of a tree; the stacked L axis counts as a dimension.
+) -> PartitionSpec:
+    """The partition of one parameter, read off its name: its `cuts`, the experts' leading E over `node` and `expert`, and the
+    stacked L axis of expert layers over `stage`.
 
     Args:
       path: keys of the parameter in the tree, for example `('moe_layers', 'attention', 'w_o_HUD')`.
       shape: its whole shape, the stacked L axis included.
       devices: along each mesh axis.
-      gather: whether blocks make their parameters whole.
+      gather: whether parameters are made whole where they are used.
 
     Raises:
       ValueError: the rank is not that of the name.
@@ -239,21 +239,11 @@ def param_cuts(
     letters, stacked = names.letters(path[-1]), names.is_stacked(path)
     if len(letters) + stacked != len(shape):
         raise ValueError(f'parameter {"/".join(path)} has rank {len(shape)}, its name says {len(letters) + stacked}')
-    found = cuts(path[-1], dict(zip(letters, shape[stacked:], strict=True)), devices, gather)
-    return tuple(cut._replace(dimension=cut.dimension + stacked) for cut in found)
-
-
-def param_spec(
-    path: Sequence[str], shape: Sequence[int], devices: Mapping[str, int], gather: bool = False
-) -> PartitionSpec:
-    """The partition of one parameter, read off its name: its `param_cuts`, of which see arguments and errors; the experts' leading E
-    over `node` and `expert`; the stacked L axis of expert layers over `stage`."""
     axes: list[tuple[str, ...]] = [() for _ in shape]
-    for cut in param_cuts(path, shape, devices, gather):
-        axes[cut.dimension] += cut.axes
-    letters = names.letters(path[-1])
+    for cut in cuts(path[-1], dict(zip(letters, shape[stacked:], strict=True)), devices, gather):
+        axes[stacked + cut.dimension] += cut.axes
     if letters[0] == 'E' and len(letters) > 1:
-        axes[-len(letters)] = EXPERT_AXES
+        axes[stacked] = EXPERT_AXES
     if path[0] == names.PIPELINED:
         axes[0] = (STAGE_AXIS,)
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in axes))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import deepseek_jax as ds
+from deepseek_jax import gather
 from deepseek_jax.config import check_types, require_positive
 from deepseek_jax.model import tokens_ahead
 from deepseek_jax.sharding import ALONE, Parallel
@@ -124,7 +125,7 @@ def objective(
     # All heads in one call: the gradient of the one matrix that they share is then added up in one place.
     prediction_loss, nats_N = cross_entropy(
         hidden_LBTD.reshape(-1, hidden_LBTD.shape[-1]),
-        params['head_DV'],
+        gather.array('head_DV', params['head_DV'], model, parallel),
         targets_LBT.reshape(-1),
         (weights_LBT * jnp.stack(factors)[:, None, None]).reshape(-1),
         model,

@@ -9,9 +9,9 @@
                                                                                     (all-reduce, reduce-scatter)
 
 Parameters are gathered once a step, whatever the number of microbatches: what optimizers keep, and masters, take a share of each
-device's memory (ZeRO-1 and 2), gathered parameters and a step's gradient all of theirs. Or blocks gather theirs where they use
-them (ZeRO-3, `deepseek_jax.gather`), and gradients are added up and cut block by block: whole ones of one block exist at a
-time, and travel once for each microbatch and pass. What is no expert's is then cut over `node` and `expert`, too.
+device's memory (ZeRO-1 and 2), gathered parameters and a step's gradient all of theirs. Or they are gathered where they are used,
+those of a block by the block (ZeRO-3, `deepseek_jax.gather`), and gradients are added up and cut there: whole ones of one block
+exist at a time, and travel once for each microbatch and pass. What is no expert's is then cut over `node` and `expert`, too.
 Experts stay where they are, and rows of tokens travel to them (`deepseek_jax.sharding.ExpertParallel`), so their gradients are
 whole but for `data`, `fsdp` and `context`. Every device's loss is its share of the batch's, so all that is exchanged beside is added up.
 
@@ -36,7 +36,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from deepseek_jax import names, sharding
 from deepseek_jax.config import check_types, require_positive
-from deepseek_jax.gather import joined, summed
 from deepseek_jax.sharding import ContextParallel, ExpertParallel, Parallel, StageParallel
 
 
@@ -78,8 +77,8 @@ class MeshConfig:
       expert_nodes: nodes that these are on. More than one: rows travel to a node first, and there to its devices.
       capacity_factor: what a device has room for, as a multiple of what comes to it when all experts are used evenly; what
         exceeds it is not computed, and counted in the metrics. None makes room for everything.
-      zero: what of ZeRO there is: 1, parameters are gathered once a step; 3, those of each block where it uses them, and what
-        is no expert's is cut over the experts' devices, too.
+      zero: what of ZeRO there is: 1, parameters are gathered once a step; 3, where they are used, and what is no expert's is
+        cut over the experts' devices, too.
       context: devices that each sequence is cut over, for sequences whose activations exceed one device.
       stage: devices that the expert layers are cut over, as the stages of a pipeline.
       stage_parts: microbatches that the rows of a device pass through them in: more of them leave less time unused.
@@ -249,19 +248,12 @@ def over_devices(function: Callable, layout: Layout, params: Any, gradients: boo
     """
     gather = layout.parallel.gather
     specs = jax.tree.map(lambda place: place.spec, sharding.param_shardings(params, layout.mesh, gather))
-    cuts: dict[tuple[str, ...], tuple[sharding.Cut, ...]] = {}
-
-    def note_cuts(path: tuple[str, ...], leaf: jax.Array) -> None:
-        by_block = gather and names.in_block(path)
-        cuts[path] = () if by_block else sharding.param_cuts(path, leaf.shape, layout.mesh.shape, gather)
-
-    names.map_with_names(note_cuts, params)
 
     def local(params: Any, batch: Any, *others: Any) -> tuple[Any, Any]:
-        whole = names.map_with_names(lambda path, leaf: joined(leaf, cuts[path]), params)
+        whole = params if gather else jax.tree.map(_gathered, params, specs)
         found, shares = function(whole, batch, *others)
         if gradients:
-            found = names.map_with_names(lambda path, leaf: summed(leaf, cuts[path]), found)
+            found = found if gather else jax.tree.map(_cut, found, specs)
             found = jax.tree.map(_summed_over_copies, found, specs)
         return found if gradients else None, jax.lax.psum(shares, sharding.AXES)
 
@@ -276,6 +268,24 @@ def over_devices(function: Callable, layout: Layout, params: Any, gradients: boo
         return region(params, batch, *others)
 
     return call
+
+
+@jax.named_scope('gather')
+def _gathered(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    for dimension in _fsdp(spec):
+        leaf = jax.lax.all_gather(leaf, 'fsdp', axis=dimension, tiled=True)
+    return leaf
+
+
+@jax.named_scope('reduce')
+def _cut(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    for dimension in _fsdp(spec):
+        leaf = jax.lax.psum_scatter(leaf, 'fsdp', scatter_dimension=dimension, tiled=True)
+    return leaf
+
+
+def _fsdp(spec: PartitionSpec) -> list[int]:
+    return [dimension for dimension, axis in enumerate(spec) if axis == 'fsdp']
 
 
 @jax.named_scope('reduce')
