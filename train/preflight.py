@@ -176,9 +176,11 @@ def _abstract(device: Any) -> jax.sharding.AbstractDevice:
 def _table(found: Sequence[Collective]) -> list[str]:
     """Collectives of a step, those of a kind, an origin and a window in one line, the largest first."""
     groups = collections.defaultdict(list)
+    totals: dict[str, float] = collections.defaultdict(float)
     for one in found:
-        one_way = 'one way' if one.kind == 'collective-permute' else str(one.devices)
-        groups[one.kind, ' x '.join(one.axes) or one_way, _origin(one.scope), _meanwhile(one)].append(one)
+        axes = ' x '.join(one.axes) or ('one way' if one.kind == 'collective-permute' else str(one.devices))
+        groups[one.kind, axes, _origin(one.scope), _meanwhile(one)].append(one)
+        totals[axes] += one.times * one.sent_bytes
     rows = [
         (*key, sum(one.times for one in ones), sum(one.times * one.sent_bytes for one in ones) / 1e6)
         for key, ones in groups.items()
@@ -188,7 +190,9 @@ def _table(found: Sequence[Collective]) -> list[str]:
     lines = [f'{"collective":20}{"along":36}{"for":20}{"meanwhile":34}{"a step":>8}{"MB sent a device":>20}']
     for kind, axes, origin, meanwhile, times, sent in sorted(rows, key=lambda row: -row[-1]):
         lines.append(f'{kind:20}{axes:36}{origin:20}{meanwhile:34}{times:8,}{sent:20,.2f}')
-    return lines
+    largest = sorted(totals.items(), key=lambda item: -item[1])
+    along = ', '.join(f'{_size(sent)} along {axes}' for axes, sent in largest)
+    return [*lines, f'a device sends {_size(sum(totals.values()))} a step: {along}']
 
 
 def _meanwhile(one: Collective) -> str:
@@ -199,7 +203,7 @@ def _meanwhile(one: Collective) -> str:
     return f'{"other kernels" if one.others else "nothing"}, {"products apart" if one.free else "no product could"}'
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     return f'{count / 1e9:.2f} GB' if count >= 1e9 else f'{count / 1e6:.3f} MB'
 
 
