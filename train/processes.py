@@ -129,8 +129,8 @@ def main_first(name: str) -> Iterator[None]:
             barrier(name)
 
 
-def check_same(values: Mapping[str, Any]) -> None:
-    """Raises `ValueError`, in all processes, unless all give the same values, by their `repr`."""
+def check_same(values: Mapping[str, Any], rule: str = 'have the same configuration') -> None:
+    """Raises `ValueError`, in all processes, unless all give the same values, by their `repr`: they must do what the rule says."""
     if not several():
         return
     text = '\n'.join(f'{name}={value!r}' for name, value in values.items()).encode()
@@ -143,7 +143,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     first, *others = (bytes(row).decode().rstrip().split('\n') for row in texts)
     process, other = next((index, lines) for index, lines in enumerate(others, 1) if lines != first)
     here, there = (next(iter(set(one) - set(two)), 'nothing') for one, two in ((first, other), (other, first)))
-    raise ValueError(f'processes must have the same configuration: process 0 has {here}, process {process} has {there}')
+    raise ValueError(f'processes must {rule}: process 0 has {here}, process {process} has {there}')
 
 
 class Sums:

@@ -132,8 +132,12 @@ def train(
     with processes.main_first('corpus'):
         corpus = data_lib.load_corpus(data)
     _check_vocabulary(corpus, model)
-    saved = Checkpoints(directory, checkpoints) if (directory / run_files.CHECKPOINTS).exists() else None
-    processes.barrier('looked for checkpoints')
+    # What opens and restores checkpoints waits for the other processes to do the same.
+    shared = f'see the same directory {directory}, on storage that all of them share'
+    begun = (directory / run_files.CHECKPOINTS).exists()
+    processes.check_same({run_files.CHECKPOINTS: begun}, shared)
+    saved = Checkpoints(directory, checkpoints) if begun else None
+    processes.check_same({'saved step': None if saved is None else saved.latest_step}, shared)
     state, progress = _restore_or_init(saved, model, optimizer, guard, seed, init_from, layout)
     if progress.step > total_steps:
         raise ValueError(f'{total_steps=} is below step {progress.step}, which {directory} has already reached')
@@ -156,6 +160,7 @@ def train(
         with processes.main_first('run directory'):
             if processes.is_main():
                 _make_run_dir(directory, model, corpus)
+        processes.check_same({run_files.MODEL_FILE: (directory / run_files.MODEL_FILE).exists()}, shared)
         saved = Checkpoints(directory, checkpoints)
     if config_text is not None and processes.is_main():
         (directory / CONFIG_FILE).write_text(config_text(), encoding='utf-8')

@@ -85,7 +85,8 @@ def test_gpus_carry_all_of_the_load(problem):
     load_LE, sizes = problem
     loads = gpu_loads(load_LE, rebalance_experts(load_LE, **sizes), sizes['num_gpus'])
     assert loads.shape == (len(load_LE), sizes['num_gpus'])
-    np.testing.assert_allclose(loads.sum(axis=1), load_LE.sum(axis=1))
+    # Halves of the smallest numbers are rounded.
+    np.testing.assert_allclose(loads.sum(axis=1), load_LE.sum(axis=1), atol=1e-300)
 
 
 @given(problems())

@@ -68,22 +68,35 @@ class Fleet:
             words += ['--set', override]
         return words
 
-    def launch(self, words: Sequence[str], log: str, devices: int) -> subprocess.Popen[bytes]:
+    def launch(
+        self, words: Sequence[str], log: str, devices: int, folder: pathlib.Path = ROOT
+    ) -> subprocess.Popen[bytes]:
         flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
-        environment = os.environ | {'XLA_FLAGS': flags, 'JAX_COMPILATION_CACHE_DIR': str(self.folder / 'programs')}
+        programs = str(self.folder / 'programs')
+        environment = os.environ | {
+            'XLA_FLAGS': flags,
+            'JAX_COMPILATION_CACHE_DIR': programs,
+            'PYTHONPATH': str(ROOT),
+        }
         with (self.folder / log).open('wb') as output:
-            process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=output)
+            process = subprocess.Popen(words, cwd=folder, env=environment, stdout=output, stderr=output)
         self.running.append(process)
         return process
 
-    def start(self, count: int, *overrides: str, each: Callable[[int], Sequence[str]] = lambda index: ()) -> None:
-        """So many processes with all devices together; `each` gives further overrides of one."""
+    def start(
+        self,
+        count: int,
+        *overrides: str,
+        each: Callable[[int], Sequence[str]] = lambda index: (),
+        folder: Callable[[int], pathlib.Path] = lambda index: ROOT,
+    ) -> None:
+        """So many processes with all devices together; `each` gives further overrides of one, `folder` where it runs."""
         self.running = []
         address = f'127.0.0.1:{free_port()}'
         for index in range(count):
             together = ['--coordinator', address, '--processes', str(count), '--process', str(index)]
             words = self.command(*overrides, *each(index)) + together
-            self.launch(words, f'{index}.log', DEVICES // count)
+            self.launch(words, f'{index}.log', DEVICES // count, folder(index))
 
     def codes(self, seconds: float = SECONDS) -> list[int]:
         """The exit codes, once all have ended."""
@@ -189,6 +202,24 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(fleet)
     for index in range(2):
         assert '2 processes must train on all of their 4' in fleet.log(f'{index}.log')
     assert not fleet.run_dir.exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_run_directory_that_is_not_shared_is_refused(fleet):
+    """Each process has a directory of this name, where it runs."""
+    hosts = [fleet.folder / f'host{index}' for index in range(2)]
+    for host in hosts:
+        host.mkdir()
+    fleet.run_dir = pathlib.Path('run')
+    fleet.start(2, 'parallel.MeshConfig.fsdp = 4', folder=lambda index: hosts[index])
+    assert fleet.codes() == [2, 2]
+    for index in range(2):
+        told = 'must see the same directory run, .*: process 0 has model.json=True, process 1 has model.json=False'
+        assert re.search(told, fleet.log(f'{index}.log')), fleet.log(f'{index}.log')
+    (hosts[0] / 'run' / 'checkpoints').mkdir(parents=True)
+    fleet.start(2, 'parallel.MeshConfig.fsdp = 4', folder=lambda index: hosts[index])
+    assert fleet.codes() == [2, 2]
+    assert 'process 0 has checkpoints=True, process 1 has checkpoints=False' in fleet.log('1.log'), fleet.log('1.log')
 
 
 @pytest.mark.parametrize(
