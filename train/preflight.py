@@ -190,8 +190,8 @@ def _table(found: Sequence[Collective]) -> list[str]:
     lines = [f'{"collective":20}{"along":36}{"for":20}{"meanwhile":34}{"a step":>8}{"MB sent a device":>20}']
     for kind, axes, origin, meanwhile, times, sent in sorted(rows, key=lambda row: -row[-1]):
         lines.append(f'{kind:20}{axes:36}{origin:20}{meanwhile:34}{times:8,}{sent:20,.2f}')
-    largest = sorted(totals.items(), key=lambda item: -item[1])
-    along = ', '.join(f'{_size(sent)} along {axes}' for axes, sent in largest)
+    shown = sorted((sent, axes) for axes, sent in totals.items() if sent >= 1e-3 * sum(totals.values()))
+    along = ', '.join(f'{_size(sent)} along {axes}' for sent, axes in reversed(shown))
     return [*lines, f'a device sends {_size(sum(totals.values()))} a step: {along}']
 
 

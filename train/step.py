@@ -150,22 +150,22 @@ def _gradients(
     # Outside the scan: what is computed once a step, whatever the number of parts.
     copies = Float8Copies.of(params, model, parallel)
 
-    def share(part: Mapping[str, Array]) -> tuple[Any, tuple[Array, Losses]]:
-        def loss(params: Any) -> tuple[Array, Losses]:
-            return objective(copies.beside(params), part, model, config, mtp_weight, whole, parallel)
-
-        values, gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        return gradients, values
-
-    def add(gradients: Any, part: Mapping[str, Array]) -> tuple[Any, tuple[Array, Losses]]:
-        more, values = share(part)
-        return jax.tree.map(jnp.add, gradients, more), values
+    def loss(params: Any, part: Mapping[str, Array]) -> tuple[Array, Losses]:
+        return objective(copies.beside(params), part, model, config, mtp_weight, whole, parallel)
 
     if microbatch_size in (None, len(batch['tokens'])):
-        return share(batch)
-    parts = microbatches(batch, microbatch_size)
-    gradients, shares = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-    return gradients, jax.tree.map(lambda values: values.sum(axis=0), shares)
+        values, gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        return gradients, values
+    # Where each layer adds its own to the sum, the gradients of a part never exist beside it.
+    sums = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), params)
+
+    def add(_: None, part: Mapping[str, Array]) -> tuple[None, tuple[Array, Losses]]:
+        value, backward, losses = jax.vjp(lambda params: loss(params, part), params, has_aux=True)
+        backward.with_refs(sums)(jnp.ones_like(value))
+        return None, (value, losses)
+
+    _, shares = jax.lax.scan(add, None, microbatches(batch, microbatch_size))
+    return jax.tree.map(jax.freeze, sums), jax.tree.map(lambda values: values.sum(axis=0), shares)
 
 
 def microbatches(batch: Mapping[str, Array], size: int) -> dict[str, Array]:

@@ -46,6 +46,8 @@ def test_a_step_for_eight_gpus_holds_what_eight_devices_hold():
     assert re.search(r'all-to-all +expert +dispatch', done.stdout)
     assert re.search(r'reduce-scatter +fsdp +reduce', done.stdout)
     assert re.search(r'all-gather +context +context', done.stdout)
+    (total,) = re.findall(r'^a device sends [0-9.]+ [GM]B a step: (.*)$', done.stdout, re.MULTILINE)
+    assert {'expert', 'fsdp'} <= set(re.findall(r'along (\w+)', total))
 
     loader.parse(CONFIG, OVERRIDES)
     model, optimizer = loader.call(ds.ModelConfig), loader.call(OptimizerConfig)
