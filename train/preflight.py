@@ -203,7 +203,7 @@ def _meanwhile(one: Collective) -> str:
     return f'{"other kernels" if one.others else "nothing"}, {"products apart" if one.free else "no product could"}'
 
 
-def _size(count: float) -> str:
+def _size(count: float | int) -> str:
     return f'{count / 1e9:.2f} GB' if count >= 1e9 else f'{count / 1e6:.3f} MB'
 
 
