@@ -12,21 +12,15 @@ from jax.sharding import PartitionSpec
 import deepseek_jax as ds
 from deepseek_jax import sharding
 from deepseek_jax.sharding import ContextParallel
-from tests.support import TINY, changed, random_params
-from train import parallel
-from train.collectives import Collective, collectives
-from train.loss import ObjectiveConfig
-from train.parallel import Layout, MeshConfig
-from train.step import as_batch, batch_gradients, eval_step
+from tests.support import TINY, changed
+from tests.train.meshes import ALONE, OnMeshes, relative_difference
+from train.parallel import MeshConfig
 
 ROWS, LENGTH = 8, 24
 MODEL = dataclasses.replace(TINY, remat='paper')
-# A weight that the balance loss shows with.
-OBJECTIVE = ObjectiveConfig(rows_per_chunk=64, balance_weight=0.1)
 WIDE, MIXED = MeshConfig(expert=2, context=4), MeshConfig(fsdp=2, expert=2, context=2, zero=3)
 
 
-@functools.cache
 def batch() -> dict[str, np.ndarray]:
     """Rows of three documents and padding, cut elsewhere in each, on and beside the borders of chunks of 3 and 6 tokens."""
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (ROWS, LENGTH + 1))
@@ -37,42 +31,17 @@ def batch() -> dict[str, np.ndarray]:
     return {'tokens': tokens.astype(np.int32), 'segments': segments.astype(np.int32), 'weights': weights}
 
 
-def placed(layout: Layout | None, model: ds.ModelConfig = MODEL) -> dict:
-    params = random_params(model)
-    return jax.device_put(params, parallel.places(params, params, layout))
-
-
-@functools.cache
-def gradients(
-    config: MeshConfig, microbatch_size: int | None = None, model: ds.ModelConfig = MODEL
-) -> tuple[tuple, list[Collective]]:
-    """Gradients, value and terms, as numpy, and what devices exchange for them."""
-    layout = config.make()
-    compute = jax.jit(
-        lambda params, batch: batch_gradients(params, batch, 0.5, model, OBJECTIVE, microbatch_size, layout)
-    )
-    arguments = placed(layout, model), as_batch(batch(), layout)
-    program = compute.lower(*arguments).compile()
-    return jax.device_get(program(*arguments)), collectives(program.as_text() or '')
-
-
-def assert_close(found: tuple, wanted: tuple, tolerance: float = 1e-5) -> None:
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y).max()), found, wanted
-    )
+STEP = OnMeshes(MODEL, batch(), balance_weight=0.1)
 
 
 @pytest.mark.parametrize(('config', 'microbatch_size'), [(WIDE, None), (MIXED, 4)], ids=['context_4', 'zero_3'])
 def test_loss_and_every_gradient_equal_those_of_one_device(config, microbatch_size):
-    (found, _), (wanted, _) = gradients(config, microbatch_size), gradients(MeshConfig())
-    assert_close(found, wanted)
-    np.testing.assert_array_equal(found[2].load_LE, wanted[2].load_LE)
-    assert found[2].dropped == 0
+    STEP.check_gradients(config, microbatch_size)
 
 
 def test_latents_and_rotary_keys_are_all_that_travels_for_attention():
     """They are gathered in the forward pass and, of blocks that keep their own only, in the backward pass; gradients go back once."""
-    _, found = gradients(WIDE)
+    _, found = STEP.gradients(WIDE)
     n, layers = WIDE.context, MODEL.num_layers + MODEL.mtp_depth
     values = ROWS // WIDE.row_devices * LENGTH * (MODEL.mla.kv_rank + MODEL.mla.rope_head_dim)
     once = layers * values * 4 * (n - 1) / n
@@ -89,10 +58,7 @@ def test_latents_and_rotary_keys_are_all_that_travels_for_attention():
 
 
 def test_evaluation_equals_that_of_one_device():
-    layout = WIDE.make()
-    found = eval_step(placed(layout), as_batch(batch(), layout), model=MODEL, config=OBJECTIVE, layout=layout)
-    wanted = eval_step(placed(None), as_batch(batch()), model=MODEL, config=OBJECTIVE)
-    assert_close(found, wanted)
+    STEP.check_evaluation(WIDE)
 
 
 def test_float8_is_within_its_roundings():
@@ -106,10 +72,9 @@ def test_float8_is_within_its_roundings():
         mla={'num_heads': 2, 'value_head_dim': 64},
         precision=ds.PrecisionConfig(recipe='fp8'),
     )
-    (found, _), (wanted, _) = (gradients(config, None, model) for config in (MeshConfig(context=2), MeshConfig()))
+    (found, _), (wanted, _) = (STEP.gradients(config, None, model) for config in (MeshConfig(context=2), ALONE))
     np.testing.assert_allclose(found[1], wanted[1], rtol=1e-4)
-    x, y = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree[0])]) for tree in (found, wanted))
-    assert 1 - 2 * np.vdot(x, y) / (np.vdot(x, x) + np.vdot(y, y)) < 2e-3
+    assert relative_difference(found[0], wanted[0]) < 2e-3
 
 
 @functools.partial(jax.jit, static_argnums=1)

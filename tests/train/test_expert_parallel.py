@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,10 @@ import deepseek_jax as ds
 from deepseek_jax import gather, moe, router, sharding
 from deepseek_jax.ops import QTensor
 from tests.support import TINY, changed, random_params
+from tests.train.meshes import OnMeshes, assert_close
 from train import parallel
-from train.loss import ObjectiveConfig
 from train.parallel import MeshConfig
-from train.step import as_batch, batch_gradients, eval_step
 
-OBJECTIVE = ObjectiveConfig(rows_per_chunk=64)
 ONE_HOP, TWO_HOPS = MeshConfig(data=2, expert=4), MeshConfig(expert=8, expert_nodes=2)
 LAYOUTS = {
     'data 2 x expert 4': ONE_HOP,
@@ -33,7 +30,6 @@ LAYOUTS = {
 SIZES = {'rows': 8, 'length': 16}
 
 
-@functools.cache
 def batch() -> dict[str, np.ndarray]:
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (SIZES['rows'], SIZES['length'] + 1))
     segments = np.where(np.arange(SIZES['length'] + 1) < 9, 1, 2) * np.ones_like(tokens)
@@ -41,38 +37,12 @@ def batch() -> dict[str, np.ndarray]:
     return {'tokens': tokens.astype(np.int32), 'segments': segments.astype(np.int32), 'weights': weights}
 
 
-@functools.cache
-def params() -> dict:
-    return random_params(TINY)
-
-
-def gradients(config: MeshConfig, params: dict, model: ds.ModelConfig, microbatch_size: int | None = None) -> tuple:
-    """Gradients, value and terms, as numpy."""
-    layout = config.make()
-    placed = jax.device_put(params, parallel.places(params, params, layout))
-    compute = jax.jit(
-        lambda params, batch: batch_gradients(params, batch, 0.5, model, OBJECTIVE, microbatch_size, layout)
-    )
-    return jax.device_get(compute(placed, as_batch(batch(), layout)))
-
-
-@functools.cache
-def alone() -> tuple:
-    return gradients(MeshConfig(), params(), TINY)
-
-
-def assert_close(found: tuple, wanted: tuple, tolerance: float = 1e-5) -> None:
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y).max()), found, wanted
-    )
+STEP = OnMeshes(TINY, batch())
 
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_loss_and_every_gradient_equal_those_of_one_device(name):
-    found, wanted = gradients(LAYOUTS[name], params(), TINY), alone()
-    assert_close(found, wanted)
-    np.testing.assert_array_equal(found[2].load_LE, wanted[2].load_LE)
-    assert found[2].dropped == 0
+    STEP.check_gradients(LAYOUTS[name])
 
 
 @pytest.mark.parametrize(
@@ -81,21 +51,20 @@ def test_loss_and_every_gradient_equal_those_of_one_device(name):
     ids=['two_hops', 'one_hop', 'zero_3'],
 )
 def test_so_do_those_in_parts_and_recomputed(config, remat):
-    found = gradients(config, params(), dataclasses.replace(TINY, remat=remat), 8)
-    assert_close(found, alone())
+    STEP.check_gradients(config, 8, dataclasses.replace(TINY, remat=remat))
 
 
-@pytest.mark.parametrize('heads', [2, 16])
 @pytest.mark.parametrize(
-    ('mesh', 'tolerance'),
+    ('mesh', 'heads', 'tolerance'),
     [
-        (MeshConfig(fsdp=2), 1e-5),
+        (MeshConfig(fsdp=2), 2, 1e-5),
+        (MeshConfig(fsdp=2), 16, 1e-5),
         # Other fusions round bf16 elsewhere, in the backward pass.
-        (MeshConfig(fsdp=2, expert=2), 2e-2),
+        (MeshConfig(fsdp=2, expert=2), 16, 2e-2),
     ],
-    ids=['fsdp', 'fsdp_and_expert'],
+    ids=['parts_of_heads', 'fsdp', 'fsdp_and_expert'],
 )
-def test_blocks_gather_float8_copies_of_what_they_would_quantise(heads, mesh, tolerance, monkeypatch):
+def test_blocks_gather_float8_copies_of_what_they_would_quantise(mesh, heads, tolerance, monkeypatch):
     """Widths of which the parts are whole blocks, and heads of which they are, or are not."""
     model = changed(
         TINY,
@@ -114,13 +83,12 @@ def test_blocks_gather_float8_copies_of_what_they_would_quantise(heads, mesh, to
         moe={'ffn_dim': 128},
         precision=ds.PrecisionConfig(recipe='fp8'),
     )
-    weights = random_params(model)
-    once = gradients(mesh, weights, model)
+    once, _ = STEP.gradients(mesh, None, model)
     gathered, whole = [], gather.whole
     monkeypatch.setattr(
         gather, 'whole', lambda name, part, *rest: gathered.append((name, part)) or whole(name, part, *rest)
     )
-    found = gradients(dataclasses.replace(mesh, zero=3), weights, model)
+    found, _ = STEP.gradients(dataclasses.replace(mesh, zero=3), None, model)
     assert_close(found[0], once[0], tolerance)
     assert_close(found[1:], once[1:])
     float8 = {name for name, part in gathered if isinstance(part, QTensor)}
@@ -129,11 +97,7 @@ def test_blocks_gather_float8_copies_of_what_they_would_quantise(heads, mesh, to
 
 
 def test_evaluation_equals_that_of_one_device():
-    layout = TWO_HOPS.make()
-    placed = jax.device_put(params(), parallel.places(params(), params(), layout))
-    found = eval_step(placed, as_batch(batch(), layout), model=TINY, config=OBJECTIVE, layout=layout)
-    wanted = eval_step(params(), as_batch(batch()), model=TINY, config=OBJECTIVE)
-    assert_close(found, wanted)
+    STEP.check_evaluation(TWO_HOPS)
 
 
 # A layer of experts alone, with given choices.
