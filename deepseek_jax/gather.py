@@ -35,7 +35,7 @@ def cuts(name: str, config: ModelConfig) -> tuple[Cut, ...]:
 
 @jax.named_scope('gather')
 def joined(part: Array, cuts: Sequence[Cut]) -> Array:
-    """The whole of what has these cuts, or of their inner ones some that are left out."""
+    """The whole of a part with these cuts; of outer cuts alone, what has the inner one."""
     for cut in reversed(cuts):
         part = lax.all_gather(part, cut.axes, axis=cut.dimension, tiled=True)
     return part

@@ -1,7 +1,7 @@
 """Where arrays live: mesh axes, and the rule from dimension letters to mesh axes.
 
-A parameter's sharding is read off its name: `w_up_EDF` of stacked layers is sharded `P(None, 'expert', 'fsdp')`.
-Axes are of type Auto: the compiler places the collectives.
+A parameter's sharding is read off its name: `w_up_EDF` of stacked expert layers is sharded
+`P('stage', ('node', 'expert'), 'fsdp', None)`. Axes are of type Auto: outside `jax.shard_map` the compiler places the collectives.
 
   data     replicates parameters, splits the batch
   stage    splits the expert layers, one stretch a device, and the batch
