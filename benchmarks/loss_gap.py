@@ -12,8 +12,9 @@ and its standard error count. The yardstick is fp32, which differs from bf16 by 
 among themselves, which `--microbatches 8 4` makes differ by the order of sums alone, in place of seeds. The report's bar for its
 own, long runs is 0.25 %.
 
-`--begin-with RUN` has all runs go on from the state of that one, whose directory is copied: what recipes make of a model that has
-behind it what a difference of rounding decides the time of. Its TOTAL_STEPS must be that of `--steps`.
+`--begin-with RUN RUN ...` has the runs of seed i go on from the state of the i-th of these, whose directory is copied: what recipes
+make of models that have behind them what a difference of rounding decides the time of. They are begun with that seed and the
+TOTAL_STEPS of `--steps`, and stopped: `timeout --signal=TERM 300 python -m train --set "SEED = i" ...`.
 
 `--recipes` takes those of `ablated_recipes.py`, too: float8 without a part of what ours has.
 """
@@ -168,7 +169,8 @@ def jobs(options: argparse.Namespace, recipes: Sequence[str], folder: pathlib.Pa
         varied = 'MICROBATCH' if options.microbatches else 'SEED'
         for override in (f"PRECISION = '{precision}'", f'{varied} = {variant}', *overrides):
             command += ['--set', override]
-        yield recipe, Job(directory, command, options.steps, options.begin_with)
+        begin_with = options.begin_with[variant] if options.begin_with else None
+        yield recipe, Job(directory, command, options.steps, begin_with)
 
 
 def smooth(points: Sequence[tuple[int, float]], last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -228,7 +230,7 @@ def result(options: argparse.Namespace, curves: dict[str, list[Curves]]) -> dict
         'steps': options.steps,
         'averaged': LAST,
         'microbatches': options.microbatches,
-        'begun_at_step': None if options.begin_with is None else _last_step(options.begin_with),
+        'begun_at_step': [_last_step(run) for run in options.begin_with],
     }
     for kind, last in LAST.items():
         final = {
@@ -270,7 +272,9 @@ def main() -> int:
     parser.add_argument(
         '--runs', type=pathlib.Path, help='folder of the runs, which are gone on with if they are there'
     )
-    parser.add_argument('--begin-with', type=pathlib.Path, metavar='RUN', help='a run that all of them go on from')
+    parser.add_argument(
+        '--begin-with', type=pathlib.Path, nargs='+', default=[], metavar='RUN', help='runs, a seed each, to go on from'
+    )
     parser.add_argument('--minutes', type=float, default=float('inf'), help='after which the runs are stopped')
     parser.add_argument('--name', default='loss_gap', help='of the files in benchmarks/results')
     options = parser.parse_args()
@@ -278,8 +282,13 @@ def main() -> int:
     needed = max(LAST['training'], options.every * LAST['heldout'])
     if options.steps < needed or options.seeds < 1:
         parser.error(f'--steps must be at least {needed}, --seeds at least 1')
-    if options.begin_with is not None and not (options.begin_with / METRICS_FILE).exists():
-        parser.error(f'--begin-with {options.begin_with}: no run is there')
+    for run in options.begin_with:
+        if not (run / METRICS_FILE).exists():
+            parser.error(f'--begin-with {run}: no run is there')
+    if options.begin_with:
+        if options.microbatches:
+            parser.error('--begin-with is for seeds, not for --microbatches')
+        options.seeds = len(options.begin_with)
     recipes = [recipe for recipe in RECIPES if recipe == 'bf16' or recipe in options.recipes]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs are ended, too
     with contextlib.ExitStack() as stack:
