@@ -9,8 +9,9 @@ import deepseek_jax as ds
 from deepseek_jax import ops
 from deepseek_jax.names import path_names
 from deepseek_jax.precision import is_float8
-from tests.support import param_shapes, random_params
+from tests.support import changed, param_shapes, random_params
 from train.guard import BAD_LOSS, DEFAULT, LARGE_NORM, no_history
+from train.loss import ObjectiveConfig
 from train.optimizer import make_optimizer
 from train.step import (
     Hyperparameters,
@@ -194,6 +195,18 @@ def test_gradients_of_microbatches_add_up_to_the_batch_s(model, objective, ragge
 
     jax.tree.map_with_path(check, divided, (whole, loss, losses))
     np.testing.assert_array_equal(divided[2].load_LE, losses.load_LE)
+
+
+def test_gradients_of_microbatches_exist_once(batch):
+    """Beside their sum, which is the result, there are those of no more than a few layers."""
+    model = changed(num_layers=6, mtp_depth=0, dense_ffn_dim=512, moe={'ffn_dim': 512}, remat='full')
+    params = param_shapes(model)
+    objective = ObjectiveConfig(rows_per_chunk=64)
+    compute = jax.jit(lambda params, batch: batch_gradients(params, batch, 0.0, model, objective, 2))
+    needed = compute.lower(params, batch).compile().memory_analysis()
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    assert needed.output_size_in_bytes >= size
+    assert needed.temp_size_in_bytes < size
 
 
 def test_float8_weights_are_quantised_once_for_all_microbatches(model, objective, ragged, monkeypatch):
